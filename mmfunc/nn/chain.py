@@ -1,0 +1,65 @@
+"""A network as a value: what a batch becomes, the steps it goes through, and what is read off at the end."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from mmfunc.tree import Tree, at
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A network as a value: embed, then each step in turn, then head. Runners cut and wrap it between steps."""
+
+    embed: Callable  # (p, c, batch) -> x, ctx: what flows, and what every layer may read
+    stacks: tuple | Callable  # (path of a layer or of a list of layers, block) or a plain function; or (p, c) -> those
+    head: Callable  # (p, c, x, ctx) -> output
+
+    def steps(self, p: Tree, c: Any) -> Iterator[tuple[str | None, Callable]]:
+        """(path of its layer, block) for each layer; (None, function) for a plain (p, c, x, ctx) -> (x, ctx)."""
+        for step in self.stacks(p, c) if callable(self.stacks) else self.stacks:
+            path, fn = (None, step) if callable(step) else step
+            if path and isinstance(at(p, path), list):
+                yield from ((f"{path}.{i}", fn) for i in range(len(at(p, path))))
+            else:
+                yield path, fn
+
+    def __call__(self, p: Tree, c: Any, batch: Tree, cache: dict[str, Tree] | None = None) -> Any:
+        """The output; with a cache (one entry per layer path that keeps something) also the new cache."""
+        return _runner[-1](self, p, c, batch, cache)
+
+
+def whole(wrap: Callable = lambda fn: fn, part: Callable = lambda fn: fn) -> Callable:
+    """The runner that runs all steps; wrap stands in for each block, part for embed, head and plain functions.
+
+    With a cache, a block is (p, c, x, ctx, entry) -> (x, entry), without one (p, c, x, ctx) -> x.
+    """
+
+    def run(chain: Chain, p: Tree, c: Any, batch: Tree, cache: dict | None) -> Any:
+        x, ctx = part(chain.embed)(p, c, batch)
+        new = {}
+        for path, fn in chain.steps(p, c):
+            if path is None:
+                x, ctx = part(fn)(p, c, x, ctx)
+            elif cache is not None and path in cache:
+                x, new[path] = wrap(fn)(at(p, path), c, x, ctx, cache[path])
+            else:
+                x = wrap(fn)(at(p, path), c, x, ctx)
+        out = part(chain.head)(p, c, x, ctx)
+        return out if cache is None else (out, new)
+
+    return run
+
+
+_runner = [whole()]
+
+
+@contextmanager
+def running(runner: Callable):
+    """Within, calling a Chain means runner(chain, p, c, batch, cache)."""
+    _runner.append(runner)
+    try:
+        yield
+    finally:
+        _runner.pop()
