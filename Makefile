@@ -1,0 +1,39 @@
+# make demo: train, ask and evaluate a vision-language model on scanned digits.  make test: the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+export TMPDIR := $(CURDIR)/.cache/tmp
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test bench clean
+.DELETE_ON_ERROR:
+
+$(VENV)/core: pyproject.toml
+	mkdir -p $(TMPDIR)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e . --group demo
+	touch $@
+
+$(VENV)/test: $(VENV)/core
+	$(BIN)/python -m pip install -q --group dev --group oracle
+	touch $@
+
+demo: $(VENV)/core
+	mkdir -p $(TMPDIR)
+	rm -rf $(RUN)
+	PYTHON=$(BIN)/python sh programs/demo.sh $(RUN)
+
+test: $(VENV)/test
+	mkdir -p $(TMPDIR)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/test
+	mkdir -p $(TMPDIR)
+	$(BIN)/python programs/bench.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .cache runs build *.egg-info

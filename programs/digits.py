@@ -1,0 +1,123 @@
+"""Write scikit-learn's 1,797 scanned digits as pictures with questions and answers.
+
+    python programs/digits.py --out runs/demo
+
+Single digits ("which digit is this?") and pages of two ("left", "right", "sum"), as messages jsonl beside png files.
+Training pictures are shifted, turned and noisy copies of the training scans; held-out scans appear nowhere in training
+and are written as they are. A small tokenizer and a small Qwen2.5-VL config, without weights, go to OUT/model.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample, interpolate
+
+QUESTIONS = {
+    "single": "which digit is this ?",
+    "left": "which digit is left ?",
+    "right": "which digit is right ?",
+    "sum": "what is the sum ?",
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    out: Path  # where data/ and model/ go
+    singles: int = 12_000  # training pictures of one digit
+    pages: int = 20_000  # training pictures of two digits, three questions each
+    side: int = 32  # pixels of a digit's side
+    seed: int = 0  # of shifts, turns, noise and pairs
+
+
+def scans() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training scans [N, 8, 8] in 0..1 and digits [N], then the 360 held-out ones."""
+    digits = load_digits()
+    x, y = torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    train, held = train_test_split(np.arange(len(y)), test_size=360, stratify=y, random_state=0)
+    return x[train], y[train], x[held], y[held]
+
+
+def vary(x: Tensor, side: int, g: torch.Generator) -> Tensor:
+    """Turned, scaled, sheared, shifted and noisy copies. [N, 8, 8] -> [N, side, side]."""
+    n = len(x)
+    spread = lambda size, *shape: (torch.rand(n, *shape, generator=g) * 2 - 1) * size
+    turn, scale, shear, shift = spread(0.21), 1 + spread(0.12, 2), spread(0.1), spread(0.25, 2)
+    rows = [torch.stack([turn.cos() * scale[:, 0], -turn.sin() * scale[:, 0] + shear, shift[:, 0]], -1),
+            torch.stack([turn.sin() * scale[:, 1], turn.cos() * scale[:, 1], shift[:, 1]], -1)]
+    grid = affine_grid(torch.stack(rows, 1), [n, 1, side, side], align_corners=False)
+    y = grid_sample(x[:, None], grid, align_corners=False)[:, 0]
+    return y + 0.05 * torch.randn(y.shape, generator=g)
+
+
+def enlarge(x: Tensor, side: int) -> Tensor:
+    """[N, 8, 8] -> [N, side, side]."""
+    return interpolate(x[:, None], size=(side, side), mode="bilinear", align_corners=False)[:, 0]
+
+
+def save(pictures: Tensor, folder: Path, prefix: str) -> list[str]:
+    """Write [N, H, W] in 0..1 as png files; their names relative to the parent of folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{folder.name}/{prefix}{i:05d}.png" for i in range(len(pictures))]
+    for name, p in zip(names, (pictures.clamp(0, 1) * 255).round().byte().numpy()):
+        Image.fromarray(p).convert("RGB").save(folder.parent / name, compress_level=1)
+    return names
+
+
+def record(key: str, image: str, kinds: list[str], answers: dict[str, int]) -> dict:
+    """One conversation about one picture."""
+    turns = []
+    for i, kind in enumerate(kinds):
+        turns += [{"role": "user", "content": ("<image>" if i == 0 else "") + QUESTIONS[kind]},
+                  {"role": "assistant", "content": str(answers[kind])}]
+    return {"id": key, "kind": kinds[0], "messages": turns, "images": [image]}
+
+
+def answers(left: int, right: int) -> dict[str, int]:
+    return {"left": left, "right": right, "sum": left + right}
+
+
+def train_records(a: Args, x: Tensor, y: Tensor, g: torch.Generator, out: Path) -> list[dict]:
+    """Augmented singles, and pages whose three questions stand in random order."""
+    one = torch.randint(len(x), (a.singles,), generator=g)
+    names = save(vary(x[one], a.side, g), out / "train", "single")
+    rows = [record(n, n, ["single"], {"single": int(d)}) for n, d in zip(names, y[one])]
+    two = torch.randint(len(x), (a.pages, 2), generator=g)
+    pages = torch.cat([vary(x[two[:, 0]], a.side, g), vary(x[two[:, 1]], a.side, g)], 2)
+    for n, (left, right) in zip(save(pages, out / "train", "page"), y[two].tolist()):
+        order = torch.randperm(3, generator=g).tolist()
+        rows.append(record(n, n, [list(answers(0, 0))[i] for i in order], answers(left, right)))
+    return rows
+
+
+def heldout_records(a: Args, x: Tensor, y: Tensor, g: torch.Generator, out: Path) -> list[dict]:
+    """Each held-out scan once, and as many pages, each question asked by itself."""
+    whole = enlarge(x, a.side)
+    rows = [record(f"{n}:single", n, ["single"], {"single": int(d)})
+            for n, d in zip(save(whole, out / "heldout", "single"), y)]
+    left, right = torch.randperm(len(x), generator=g), torch.randperm(len(x), generator=g)
+    names = save(torch.cat([whole[left], whole[right]], 2), out / "heldout", "page")
+    for n, i, j in zip(names, y[left].tolist(), y[right].tolist()):
+        rows += [record(f"{n}:{kind}", n, [kind], answers(i, j)) for kind in answers(i, j)]
+    return rows
+
+
+def main(a: Args) -> None:
+    g = torch.Generator().manual_seed(a.seed)
+    x, y, x_held, y_held = scans()
+    out = a.out / "data"
+    parts = {"train": train_records(a, x, y, g, out), "heldout": heldout_records(a, x_held, y_held, g, out)}
+    for name, rows in parts.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        print(f"{out / name}.jsonl: {len(rows)} records")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
