@@ -2,9 +2,12 @@
 
 A key is an int32 tensor [2]. The bits of an element depend on the key and on the element's global row-major index only,
 so they are equal eager or compiled, on every device, and for every way of sharding: `part` asks for a slice of the whole.
+Normals are made of additions, products and a square root, which IEEE 754 fixes, and not of a library's log and cosine:
+eager and compiled give the same floats too (a device that fuses products with additions may differ in the last place).
 """
 
 import math
+from collections.abc import Callable
 from math import prod
 
 import numpy as np
@@ -12,6 +15,12 @@ import torch
 from torch import Tensor
 
 ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
+PIECE = 1 << 15  # elements drawn at once in eager mode
+# Minimax fits: log(1 + x) / x on [0.7 - 1, 1.41 - 1]; cos(2 pi x) and sin(2 pi x) / x in x * x on [0, 1/64].
+LOG = (0.08722348511219025, -0.14366839826107025, 0.14952267706394196, -0.16562393307685852, 0.19956833124160767,
+       -0.25002074241638184, 0.3333418667316437, -0.49999988079071045, 1.0)
+COS = (59.202796936035156, -85.44229888916016, 64.9393081665039, -19.739208221435547, 1.0)
+SIN = (-75.39356231689453, 81.59235382080078, -41.3416633605957, 6.2831854820251465)
 
 
 def _rotl(x: Tensor, r: int) -> Tensor:
@@ -60,40 +69,70 @@ def split(key: Tensor, n: int = 2) -> Tensor:
 
 
 def _index(shape: tuple[int, ...], part: tuple[slice, ...] | None, device: torch.device) -> Tensor:
-    """Global row-major index of each element of a part of an array of this shape, int64."""
-    ranges = [s.indices(n) for s, n in zip(part or (), shape)] + [(0, n, 1) for n in shape[len(part or ()) :]]
+    """Global row-major index of each element of a part of an array of this shape; int32 where that is enough."""
+    dtype = torch.int32 if prod(shape) < 1 << 31 else torch.int64
     if part is None:
-        return torch.arange(prod(shape), dtype=torch.int64, device=device).view(shape)
-    index = torch.zeros((), dtype=torch.int64, device=device)
+        return torch.arange(prod(shape), dtype=dtype, device=device).view(shape)
+    ranges = [s.indices(n) for s, n in zip(part, shape)] + [(0, n, 1) for n in shape[len(part) :]]
+    index = torch.zeros((), dtype=dtype, device=device)
     for (start, stop, step), n in zip(ranges, shape):
-        index = index[..., None] * n + torch.arange(start, stop, step, dtype=torch.int64, device=device)
+        index = index[..., None] * n + torch.arange(start, stop, step, dtype=dtype, device=device)
     return index
 
 
-def _pair(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None) -> tuple[Tensor, Tensor]:
+def _draw(fn: Callable, key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None) -> Tensor:
+    """fn of the two random words of each element; outside a graph piece by piece, so that a piece stays in the cache."""
+
+    def piece(index: Tensor) -> Tensor:
+        high = (index >> 32).to(torch.int32) if index.dtype == torch.int64 else torch.zeros_like(index)
+        return fn(*threefry(key[0], key[1], (index & 0xFFFFFFFF).to(torch.int32), high))
+
     index = _index(tuple(shape), part, key.device)
-    return threefry(key[0], key[1], (index & 0xFFFFFFFF).to(torch.int32), (index >> 32).to(torch.int32))
+    if torch.compiler.is_compiling() or index.numel() <= PIECE:
+        return piece(index)
+    return torch.cat([piece(i) for i in index.flatten().split(PIECE)]).view(index.shape)
 
 
 def bits(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
     """32 random bits an element, as int32; with part, bits(key, shape)[part] without making the rest."""
-    return _pair(key, shape, part)[0]
-
-
-def _unit(b: Tensor) -> Tensor:
-    return ((b >> 8) & 0xFFFFFF).float() * (1.0 / (1 << 24))
+    return _draw(lambda a, b: a, key, shape, part)
 
 
 def uniform(key: Tensor, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0, part=None) -> Tensor:
     """Uniform float32 in [low, high), 24 bits of randomness."""
-    return _unit(bits(key, shape, part)) * (high - low) + low
+    return _draw(lambda a, b: _top(a).float() * (1 / (1 << 24)) * (high - low) + low, key, shape, part)
 
 
 def normal(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
     """Standard normal float32 (Box-Muller, one counter an element)."""
-    a, b = _pair(key, shape, part)
-    radius = torch.sqrt(-2 * torch.log(_unit(a) + 0.5 / (1 << 24)))
-    return radius * torch.cos(2 * math.pi * _unit(b))
+    return _draw(lambda a, b: torch.sqrt(-2 * _log(_top(a))) * _cosine(_top(b)), key, shape, part)
+
+
+def _top(word: Tensor) -> Tensor:
+    return (word >> 8) & 0xFFFFFF
+
+
+def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    y = torch.full_like(x, coefficients[0])
+    for c in coefficients[1:]:
+        y = y * x + c
+    return y
+
+
+def _log(n: Tensor) -> Tensor:
+    """log((n + 1/2) / 2**24) of an int32 n below 2**24: the exponent, and a polynomial of the mantissa in [0.7, 1.41)."""
+    word = (n.float() + 0.5).view(torch.int32)
+    exponent = (word - 0x3F3504F3) >> 23
+    x = (word - (exponent << 23)).view(torch.float32) - 1
+    return (exponent - 24).float() * math.log(2) + x * _horner(x, LOG)
+
+
+def _cosine(n: Tensor) -> Tensor:
+    """cos(2 pi n / 2**24): the nearest quarter turn, and polynomials of what remains."""
+    quarter = (n + (1 << 21)) >> 22
+    x = (n - (quarter << 22)).float() * (1 / (1 << 24))
+    y = torch.where((quarter & 1) == 0, _horner(x * x, COS), -x * _horner(x * x, SIN))
+    return torch.where((quarter & 2) == 0, y, -y)
 
 
 def randint(key: Tensor, shape: tuple[int, ...], low: int, high: int, part=None) -> Tensor:

@@ -1,0 +1,27 @@
+"""Neural network functions on parameter trees.
+
+A capital declares, a small letter applies: `Linear(d, f, "embed -> mlp")` is a tree of Params, `linear(p, x)` uses one.
+What a tree lacks is not done: no "bias", no bias; no "gate", no gating; no "norm", no query and key norms.
+
+Dimensions: B batch, S sequence, L context, D width, H heads, G key heads, K head width, F hidden width, V vocabulary,
+C channels, T Y X time and space. Activations are [B, S, D]; queries, keys and values are [B, S, H, K].
+"""
+
+from mmfunc.kernels import attend
+from mmfunc.nn.attention import Attention, kv, merge, qkv, query, remember
+from mmfunc.nn.basic import (
+    MLP,
+    Embed,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    embed,
+    layernorm,
+    linear,
+    mlp,
+    reduced,
+    rmsnorm,
+)
+from mmfunc.nn.chain import Chain, running, whole
+from mmfunc.nn.loss import cross_entropy, targets
+from mmfunc.nn.rope import axial, rotate, sections

@@ -1,0 +1,56 @@
+"""The maps around attention, and what a layer remembers of earlier tokens."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmfunc import shard
+from mmfunc.nn.basic import Linear, RMSNorm, linear, reduced, rmsnorm
+from mmfunc.tree import Tree
+
+
+def Attention(d: int, heads: int, k: int, *, kv_heads: int | None = None, bias: bool = True, out_bias: bool = True,
+              norm: Literal["head", "span"] | None = None) -> Tree:
+    """Query, key, value and output maps; norm adds query/key norms within each head, or spanning all heads."""
+    q, c = heads * k, (kv_heads or heads) * k
+    norms = {"head": {"norm": {"q": RMSNorm(k), "k": RMSNorm(k)}},
+             "span": {"span": {"q": RMSNorm(q, "heads"), "k": RMSNorm(c, "heads")}}}.get(norm, {})
+    return norms | {"q": Linear(d, q, "embed -> heads", bias=bias), "k": Linear(d, c, "embed -> heads", bias=bias),
+                    "v": Linear(d, c, "embed -> heads", bias=bias), "out": Linear(q, d, "heads -> embed", bias=out_bias)}
+
+
+def _heads(p: Tree, name: str, x: Tensor, k: int) -> Tensor:
+    y = linear(p[name], x)
+    if name in p.get("span", ()):
+        y = rmsnorm(p["span"][name], y, axis="heads")
+    y = y.unflatten(-1, (-1, k))
+    return rmsnorm(p["norm"][name], y) if name in p.get("norm", ()) else y
+
+
+def query(p: Tree, x: Tensor, k: int) -> Tensor:
+    """[B, S, D] -> query [B, S, H, K]."""
+    return _heads(p, "q", shard.enter(x, "heads"), k)
+
+
+def kv(p: Tree, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[B, L, D] -> key and value [B, L, G, K]."""
+    x = shard.enter(x, "heads")
+    return _heads(p, "k", x, k), _heads(p, "v", x, k)
+
+
+def qkv(p: Tree, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, S, D] -> query [B, S, H, K], key and value [B, S, G, K]."""
+    x = shard.enter(x, "heads")
+    return _heads(p, "q", x, k), _heads(p, "k", x, k), _heads(p, "v", x, k)
+
+
+def merge(p: Tree, y: Tensor) -> Tensor:
+    """[B, S, H, K] -> [B, S, D]."""
+    return reduced(p["out"], y.flatten(-2), "heads")
+
+
+def remember(entry: Tree, k: Tensor, v: Tensor, start: Tensor) -> Tree:
+    """A static cache entry [B, L, G, K] with k and v [B, S, G, K] written from slot start (0-d) on."""
+    slots = start + torch.arange(k.shape[1], device=k.device)
+    return {"k": entry["k"].index_copy(1, slots, k), "v": entry["v"].index_copy(1, slots, v)}

@@ -1,0 +1,74 @@
+"""Dense maps, embeddings, norms and MLPs. Statistics are float32; activations keep their dtype."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmfunc import shard
+from mmfunc.tree import Param, Tree, normal, ones
+
+
+def Linear(d_in: int, d_out: int, axes: str = "_ -> _", *, bias: bool = True, std: float | None = None) -> Tree:
+    """A dense map; axes names its input and output: "embed -> mlp"."""
+    src, dst = axes.split(" -> ")
+    weight = Param((d_out, d_in), f"{dst} {src}", normal(d_in**-0.5 if std is None else std))
+    return {"weight": weight, "bias": Param((d_out,), dst)} if bias else {"weight": weight}
+
+
+def linear(p: Tree, x: Tensor) -> Tensor:
+    """[..., in] -> [..., out], plus the low-rank path when p has one."""
+    y = F.linear(x, p["weight"], p.get("bias"))
+    return y + F.linear(F.linear(x, p["lora_a"]), p["lora_b"]) * p["lora_scale"] if "lora_a" in p else y
+
+
+def reduced(p: Tree, x: Tensor, axis: str) -> Tensor:
+    """A linear map whose input is split on axis: sum the parts, then add the bias once."""
+    y = shard.leave(linear({k: v for k, v in p.items() if k != "bias"}, x), axis)
+    return y + p["bias"] if "bias" in p else y
+
+
+def Embed(n: int, d: int, std: float = 0.02) -> Tree:
+    """A table of n vectors of width d."""
+    return {"weight": Param((n, d), "vocab embed", normal(std))}
+
+
+def embed(p: Tree, ids: Tensor) -> Tensor:
+    """[B, S] -> [B, S, D]."""
+    return F.embedding(ids, p["weight"])
+
+
+def LayerNorm(d: int) -> Tree:
+    """Scale and shift of width d."""
+    return {"weight": Param((d,), "_", ones), "bias": Param((d,), "_")}
+
+
+def layernorm(p: Tree | None, x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Normalise the last dimension in float32; without p there is no scale and no shift."""
+    scale, shift = (p["weight"].float(), p["bias"].float()) if p else (None, None)
+    return F.layer_norm(x.float(), x.shape[-1:], scale, shift, eps).to(x.dtype)
+
+
+def RMSNorm(d: int, axis: str = "_") -> Tree:
+    """Scale of width d."""
+    return {"weight": Param((d,), axis, ones)}
+
+
+def rmsnorm(p: Tree, x: Tensor, eps: float = 1e-6, *, axis: str | None = None) -> Tensor:
+    """Divide by the root mean square over the last dimension, summed across parts when axis names it."""
+    y = x.float()
+    mean = shard.mean(y.square(), axis) if axis else y.square().mean(-1, keepdim=True)
+    return p["weight"] * (y * (mean + eps).rsqrt()).to(x.dtype)
+
+
+def MLP(d: int, hidden: int, out: int | None = None, *, gated: bool = False, bias: bool = True) -> Tree:
+    """One hidden layer; gated multiplies it with a second map of the input."""
+    up, down = Linear(d, hidden, "embed -> mlp", bias=bias), Linear(hidden, out or d, "mlp -> embed", bias=bias)
+    return {"gate": up, "up": up, "down": down} if gated else {"up": up, "down": down}
+
+
+def mlp(p: Tree, x: Tensor, act: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
+    """[B, S, D] -> [B, S, D'] through one hidden layer."""
+    x = shard.enter(x, "mlp")
+    h = act(linear(p["gate"], x)) * linear(p["up"], x) if "gate" in p else act(linear(p["up"], x))
+    return reduced(p["down"], h, "mlp")

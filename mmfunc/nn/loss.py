@@ -1,0 +1,65 @@
+"""Next-token loss that never holds the logits: chunk by chunk, with the gradient computed on the way (Hsu et al. 2024).
+
+A chunk of tokens gets its logits, its loss and, in the same pass, the gradients of x and of the vocabulary matrix; the
+backward pass only scales them. So the three products are done once each, and float32 logits exist for one chunk only.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def targets(labels: Tensor) -> Tensor:
+    """The label that each position predicts: labels shifted left, -100 at the end. [B, S] -> [B, S]."""
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+
+
+def _chunk(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [N, D], weight [V, D], labels [N] -> sum of losses, logits in float32, their log-normaliser, the mask."""
+    logits = linear(x, weight).float()
+    norm = torch.logsumexp(logits, -1)
+    keep = labels >= 0
+    loss = torch.where(keep, norm - logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0], 0.0)
+    return loss.sum(), logits, norm, keep
+
+
+class _Loss(torch.autograd.Function):
+    """Sum of the cross-entropies of x [N, D] against labels [N]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        total = x.new_zeros((), dtype=torch.float32)
+        dx = []
+        dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if ctx.needs_input_grad[1] else None
+        words = torch.arange(len(weight), device=x.device)
+        for a in range(0, len(x), chunk):
+            part, target = x[a : a + chunk], labels[a : a + chunk]
+            loss, logits, norm, keep = _chunk(part, weight, target)
+            total = total + loss
+            slope = (logits - norm[:, None]).exp() - (words == target[:, None]).float()
+            slope = torch.where(keep[:, None], slope, 0.0).to(x.dtype)
+            if ctx.needs_input_grad[0]:
+                dx.append(slope @ weight)
+            if dw is not None:
+                dw = dw + (slope.T @ part).float()
+        ctx.save_for_backward(torch.cat(dx) if dx else x.new_zeros(0), x.new_zeros(0) if dw is None else dw.to(x.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        dx, dw = ctx.saved_tensors
+        return (dx * g).to(dx.dtype) if len(dx) else None, (dw * g).to(dw.dtype) if len(dw) else None, None, None
+
+
+def cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None = None, chunk: int = 512) -> Tensor:
+    """Cross-entropy of logits x @ weight.T against the next labels, divided by num_items or by their number (0-d, float32).
+
+    x [B, S, D], weight [V, D], labels [B, S] as given to the model: -100 is ignored, the shift happens here.
+    """
+    after = targets(labels).flatten()
+    x = x.flatten(0, 1)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        total = _Loss.apply(x, weight, after, chunk)
+    else:
+        total = sum(_chunk(x[a : a + chunk], weight, after[a : a + chunk])[0] for a in range(0, len(x), chunk))
+    return total / ((after >= 0).sum().clamp(min=1) if num_items is None else num_items)
