@@ -1,8 +1,8 @@
 """How right an answer is: pure functions (answer, truths, options) -> score in [0, 1].
 
 exact: equal after normalising. relaxed: ChartQA (Methani et al. 2020; Masry et al. 2022), 5 % on numbers. anls:
-DocVQA (Biten et al. 2019), 1 - normalised Levenshtein distance, 0 from 0.5 on. choice: MMMU and AI2D, the letter is read
-out of free text. Where several truths are given the best one counts. An answer out of which no letter can be read is
+DocVQA (Biten et al. 2019), 1 - normalised Levenshtein distance, 0 from 0.5 on. choice: MMMU and AI2D, the letter is
+read out of free text. Where several truths are given the best one counts. An answer out of which no letter can be read is
 wrong; none is drawn at random in its place, as MMMU's own script does.
 """
 
@@ -66,7 +66,7 @@ def distance(a: str, b: str) -> int:
 
 
 def anls(answer: str, truths: Sequence[str], options: Sequence[str] = ()) -> float:
-    """1 - distance / longer length to the nearest truth, 0 where that is 0.5 or less; case and runs of spaces do not count.
+    """1 - distance / longer length to the nearest truth, 0 if that is 0.5 or less; letter case does not count.
 
     >>> anls("hallo", ["hello", "bye"])
     0.8

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mmfunc import nn
+from mmfunc import keys, nn
 from mmfunc.tree import Tree
 
 
@@ -115,7 +115,8 @@ def cache(c: Config, rows: int, slots: int, dtype: torch.dtype = torch.float32, 
 
 
 KEYS = {  # here: in Qwen/Qwen2.5-*
-    "{embed,norm,head}": "{model.embed_tokens,model.norm,lm_head}",
+    "embed": keys.Copied("model.embed_tokens", "lm_head"),
+    "{norm,head}": "{model.norm,lm_head}",
     "blocks.*.self.{q,k,v,out}": "model.layers.*.self_attn.{q_proj,k_proj,v_proj,o_proj}",
     "blocks.*.{norm,norm_mlp}": "model.layers.*.{input_layernorm,post_attention_layernorm}",
     "blocks.*.mlp.{gate,up,down}": "model.layers.*.mlp.{gate_proj,up_proj,down_proj}",

@@ -1,0 +1,127 @@
+"""Images of any size as one packed buffer of patches: index tables made on the host, and how features are moved by them.
+
+Patches lie in one buffer [P, ...]. Who attends to whom is a segment id for each patch; segments are packed into rows of
+one width, so that attention costs rows x width^2 and shapes depend on declared sizes only, whatever the images are.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmfunc.tree import Tree
+
+
+class _Take(torch.autograd.Function):
+    """Rows by index where each row is taken at most once: the gradient is a gather too, hence deterministic."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, to: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(to, back)
+        return _gather(x, to)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return _gather(g, ctx.saved_tensors[1]), None, None
+
+
+def _gather(x: Tensor, to: Tensor) -> Tensor:
+    if not len(x):
+        return x.new_zeros(len(to), *x.shape[1:])
+    y = x.index_select(0, to.clamp(min=0))
+    return torch.where((to >= 0).view(-1, *[1] * (x.ndim - 1)), y, 0.0)
+
+
+def take(x: Tensor, to: Tensor, back: Tensor) -> Tensor:
+    """x [P, ...] -> [N, ...]: row to[n] of x, or zeros where to[n] is -1; back [P] is the inverse (-1: not taken)."""
+    return _Take.apply(x, to, back)
+
+
+def inverse(to: np.ndarray, size: int) -> np.ndarray:
+    """back[to[n]] = n; -1 for what is not taken."""
+    back = np.full(size, -1, np.int64)
+    back[to[to >= 0]] = np.flatnonzero(to >= 0)
+    return back
+
+
+def spots(grids: np.ndarray, merge: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frame number [P] and place (row, column) [P, 2] of each patch; merge x merge neighbours follow each other.
+
+    grids [n, 3]: frames, rows and columns of patches of each image or video.
+    """
+    frames, places, count = [], [], 0
+    for t, h, w in grids.tolist():
+        rows, cols = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
+        order = [a.reshape(h // merge, merge, w // merge, merge).transpose(0, 2, 1, 3).ravel() for a in (rows, cols)]
+        places.append(np.tile(np.stack(order, -1), (t, 1)))
+        frames.append(count + np.repeat(np.arange(t), h * w))
+        count += t
+    none = np.zeros(0, np.int64)
+    return np.concatenate([none, *frames]), np.concatenate([np.zeros((0, 2), np.int64), *places])
+
+
+def cells(frames: np.ndarray, places: np.ndarray, side: int) -> np.ndarray:
+    """Window number of each patch: side x side patches of one frame."""
+    key = np.concatenate([frames[:, None], places // side], 1)
+    return np.unique(key, axis=0, return_inverse=True)[1].reshape(-1) if len(key) else frames
+
+
+def rows(segments: np.ndarray, width: int, size: int, count: int | None = None) -> dict[str, Tensor]:
+    """Pack segments [p] of patches, first fit, into rows of a width for a buffer of `size` patches.
+
+    Gives "to" [R * width] (patch of each slot, or -1), "segments" [R, width] (0: empty) and "back" [size]. With count None,
+    R is what is needed.
+    """
+    number, sizes = np.unique(segments, return_counts=True)
+    order = np.argsort(segments, kind="stable")
+    start = dict(zip(number.tolist(), (np.cumsum(sizes) - sizes).tolist()))
+    used: list[int] = []
+    placed = []
+    for n, s in sorted(zip(number.tolist(), sizes.tolist()), key=lambda ns: -ns[1]):
+        if s > width:
+            raise ValueError(f"a frame has {s} patches, more than the {width} of an attention row; declare longer rows")
+        r = next((i for i, u in enumerate(used) if u + s <= width), len(used))
+        if r == len(used):
+            used.append(0)
+        placed.append((n, s, r, used[r]))
+        used[r] += s
+    if count is not None and len(used) > count:
+        raise ValueError(f"the frames fill {len(used)} attention rows of {width} patches, {count} are declared")
+    to = np.full(((len(used) if count is None else count), width), -1, np.int64)
+    ids = np.zeros_like(to)
+    for n, s, r, a in placed:
+        to[r, a : a + s] = order[start[n] : start[n] + s]
+        ids[r, a : a + s] = n + 1
+    return {"to": torch.from_numpy(to.ravel()), "segments": torch.from_numpy(ids),
+            "back": torch.from_numpy(inverse(to.ravel(), size))}
+
+
+def in_rows(fn, q: Tensor, k: Tensor, v: Tensor, table: Tree) -> Tensor:
+    """Attention fn within the rows of a table. q, k, v [P, H, K] -> [P, H, K]."""
+    shape = table["segments"].shape
+    q, k, v = (take(t, table["to"], table["back"]).unflatten(0, shape) for t in (q, k, v))
+    return take(fn(q, k, v, segments=table["segments"]).flatten(0, 1), table["back"], table["to"])
+
+
+def mrope(types: np.ndarray, grids: list[tuple[int, int, int]], steps: list[float], merge: int, *,
+          rule: str) -> np.ndarray:
+    """Positions (time, row, column) of one sample's tokens, int64 [3, S].
+
+    types [S]: 0 text, else vision. grids and steps: of each run of vision tokens in turn, its patch grid and the distance
+    of its frames. Rule "4.51": text after a run goes on behind its largest position; "5.23": behind its larger side only.
+    """
+    edges = np.flatnonzero(np.diff(types)) + 1
+    parts, at, seen = [], 0, iter(zip(grids, steps))
+    for a, b in zip([0, *edges], [*edges, len(types)]):
+        if types[a] == 0:
+            parts.append(np.broadcast_to(np.arange(b - a) + at, (3, b - a)))
+            at += b - a
+            continue
+        (t, h, w), step = next(seen)
+        h, w = h // merge, w // merge
+        time = (np.arange(t, dtype=np.float32) * np.float32(step)).astype(np.int64)
+        run = np.stack([np.repeat(time, h * w), np.tile(np.repeat(np.arange(h), w), t), np.tile(np.arange(w), t * h)])
+        if run.shape[1] != b - a:
+            raise ValueError(f"a run of {b - a} vision tokens belongs to a grid of {t} x {h} x {w} = {run.shape[1]}")
+        parts.append(run + at)
+        at += max(h, w) if rule == "5.23" else int(run.max()) + 1
+    return np.concatenate(parts, 1)
