@@ -2,8 +2,8 @@
 
 exact: equal after normalising. relaxed: ChartQA (Methani et al. 2020; Masry et al. 2022), 5 % on numbers. anls:
 DocVQA (Biten et al. 2019), 1 - normalised Levenshtein distance, 0 from 0.5 on. choice: MMMU and AI2D, the letter is
-read out of free text. Where several truths are given the best one counts. An answer out of which no letter can be read is
-wrong; none is drawn at random in its place, as MMMU's own script does.
+read out of free text. Where several truths are given the best one counts. An answer out of which no letter can be read
+is wrong; none is drawn at random in its place, as MMMU's own script does.
 """
 
 import math
