@@ -80,6 +80,15 @@ def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments,
     return (torch.softmax(scores, -1).to(v.dtype) @ v).transpose(1, 2)
 
 
+@torch.library.custom_op("mmfunc::keep", mutates_args=())
+def keep(x: Tensor) -> Tensor:
+    """A copy with a name: what a remat policy may keep of attention."""
+    return x.clone()
+
+
+keep.register_fake(torch.empty_like)
+keep.register_autograd(lambda ctx, g: g)
+
 BACKENDS: dict[str, Callable] = {"cpu": blocked, "meta": blocked}  # by device type; fused elsewhere
 
 
@@ -93,4 +102,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, segments: S
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads")
     run = BACKENDS.get(q.device.type, fused)
-    return run(q, k, v, causal, segments, start, q.shape[-1] ** -0.5 if scale is None else scale)
+    y = run(q, k, v, causal, segments, start, q.shape[-1] ** -0.5 if scale is None else scale)
+    return keep(y) if torch.is_grad_enabled() and y.requires_grad else y
