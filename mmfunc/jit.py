@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from itertools import count
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -229,6 +230,8 @@ class Jitted:
         flat = tree.flatten(args)
         body, shape = self.flattened(args)
         options = {"options": {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}} if self.backend == "inductor" else {}
+        # without guards the code object is the cache's only key: each signature gets one of its own
+        body = FunctionType(body.__code__.replace(), body.__globals__, _name(self.fn), None, body.__closure__)
         call = self._torch(body, **options)
         names = [k for k, v in flat.items() if isinstance(v, Tensor)]
 
