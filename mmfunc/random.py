@@ -1,9 +1,10 @@
 """Counter-based random bits: threefry2x32-20 (Salmon et al. 2011) on int32 tensors.
 
-A key is an int32 tensor [2]. The bits of an element depend on the key and on the element's global row-major index only,
-so they are equal eager or compiled, on every device, and for every way of sharding: `part` asks for a slice of the whole.
-Normals are made of additions, products and a square root, which IEEE 754 fixes, and not of a library's log and cosine:
-eager and compiled give the same floats too (a device that fuses products with additions may differ in the last place).
+A key is an int32 tensor [2]. The bits of an element depend on the key and on the element's global row-major index
+only, so they are equal eager or compiled, on every device, and for every way of sharding: `part` asks for a slice of
+the whole. Normals are made of additions and products alone, which IEEE 754 fixes, and not of a library's log, cosine
+and square root: eager and compiled give the same floats too (a device that fuses a product with an addition may differ
+in the last place).
 """
 
 import math
@@ -81,7 +82,7 @@ def _index(shape: tuple[int, ...], part: tuple[slice, ...] | None, device: torch
 
 
 def _draw(fn: Callable, key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None) -> Tensor:
-    """fn of the two random words of each element; outside a graph piece by piece, so that a piece stays in the cache."""
+    """fn of the two random words of each element; in eager mode piece by piece, so that a piece stays in the cache."""
 
     def piece(index: Tensor) -> Tensor:
         high = (index >> 32).to(torch.int32) if index.dtype == torch.int64 else torch.zeros_like(index)
@@ -105,7 +106,7 @@ def uniform(key: Tensor, shape: tuple[int, ...], low: float = 0.0, high: float =
 
 def normal(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
     """Standard normal float32 (Box-Muller, one counter an element)."""
-    return _draw(lambda a, b: torch.sqrt(-2 * _log(_top(a))) * _cosine(_top(b)), key, shape, part)
+    return _draw(lambda a, b: _sqrt(-2 * _log(_top(a))) * _cosine(_top(b)), key, shape, part)
 
 
 def _top(word: Tensor) -> Tensor:
@@ -120,11 +121,20 @@ def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 def _log(n: Tensor) -> Tensor:
-    """log((n + 1/2) / 2**24) of an int32 n below 2**24: the exponent, and a polynomial of the mantissa in [0.7, 1.41)."""
+    """log((n + 1/2) / 2**24) of an int32 n below 2**24: its exponent, and a polynomial of its mantissa."""
     word = (n.float() + 0.5).view(torch.int32)
     exponent = (word - 0x3F3504F3) >> 23
     x = (word - (exponent << 23)).view(torch.float32) - 1
     return (exponent - 24).float() * math.log(2) + x * _horner(x, LOG)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """The square root of a float32, by Newton's iterations towards 1 / sqrt(x)."""
+    y = (0x5F3759DF - (x.view(torch.int32) >> 1)).view(torch.float32)
+    for _ in range(3):
+        y = y * (1.5 - 0.5 * x * y * y)
+    root = x * y
+    return root + 0.5 * y * (x - root * root)
 
 
 def _cosine(n: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def _rows(patches: int | None, width: int) -> int | None:
 
 
 def _placed(c: Config, ids: np.ndarray, grids: dict[str, np.ndarray], size: int) -> dict[str, Tensor]:
-    """place [B * S]: the merged feature that a token is, or -1; place_back [size]: the token that a feature is."""
+    """seen [B, S]: whether a token is a merged feature; token [size]: where each feature goes, or -1."""
     to, start = np.full(ids.size, -1, np.int64), 0
     for name, token in (("image", c.image_token), ("video", c.video_token)):
         n = int((grids[name].prod(-1) // c.merge**2).sum()) if name in grids else 0
@@ -125,7 +125,7 @@ def _placed(c: Config, ids: np.ndarray, grids: dict[str, np.ndarray], size: int)
             raise ValueError(f"the batch has {len(where)} {name} tokens for {n} {name} features")
         to[where] = start + np.arange(n)
         start += n
-    return {"place": torch.from_numpy(to), "place_back": torch.from_numpy(vision.inverse(to, size))}
+    return {"seen": torch.from_numpy((to >= 0).reshape(ids.shape)), "token": torch.from_numpy(vision.inverse(to, size))}
 
 
 def positions(c: Config, batch: dict[str, Any], rule: str | None = None) -> Tensor:
@@ -188,8 +188,8 @@ def place(p: Tree, c: Config, x: Tensor, ctx: Tree) -> tuple[Tensor, Tree]:
     merger = p["vision"]["merger"]
     x = nn.mlp(merger["mlp"], _norm(c)(merger["norm"], x).unflatten(0, (-1, c.merge**2)).flatten(1), gelu)
     words = nn.embed(p["embed"], ctx["input_ids"])
-    seen = vision.take(x, ctx["place"], ctx["place_back"]).view(words.shape)
-    return torch.where((ctx["place"] >= 0).view(*words.shape[:2], 1), seen, words), said(c, ctx)
+    x = vision.put(x, ctx["token"], words[..., 0].numel()).view(words.shape)
+    return torch.where(ctx["seen"][..., None], x, words), said(c, ctx)
 
 
 def said(c: Config, batch: dict[str, Any]) -> Tree:

@@ -11,29 +11,13 @@ from torch import Tensor
 from mmfunc.tree import Tree
 
 
-class _Take(torch.autograd.Function):
-    """Rows by index where each row is taken at most once: the gradient is a gather too, hence deterministic."""
+def put(x: Tensor, to: Tensor, size: int) -> Tensor:
+    """Row p of x [P, ...] becomes row to[p] of [size, ...]; -1 goes nowhere, what gets nothing is zero.
 
-    @staticmethod
-    def forward(ctx, x: Tensor, to: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(to, back)
-        return _gather(x, to)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        return _gather(g, ctx.saved_tensors[1]), None, None
-
-
-def _gather(x: Tensor, to: Tensor) -> Tensor:
-    if not len(x):
-        return x.new_zeros(len(to), *x.shape[1:])
-    y = x.index_select(0, to.clamp(min=0))
-    return torch.where((to >= 0).view(-1, *[1] * (x.ndim - 1)), y, 0.0)
-
-
-def take(x: Tensor, to: Tensor, back: Tensor) -> Tensor:
-    """x [P, ...] -> [N, ...]: row to[n] of x, or zeros where to[n] is -1; back [P] is the inverse (-1: not taken)."""
-    return _Take.apply(x, to, back)
+    No two rows may go to one place. As a copy by index its gradient is a gather, hence deterministic.
+    """
+    room = x.new_zeros(size + 1, *x.shape[1:])
+    return room.index_copy(0, torch.where(to < 0, size, to), x)[:size]
 
 
 def inverse(to: np.ndarray, size: int) -> np.ndarray:
@@ -68,8 +52,8 @@ def cells(frames: np.ndarray, places: np.ndarray, side: int) -> np.ndarray:
 def rows(segments: np.ndarray, width: int, size: int, count: int | None = None) -> dict[str, Tensor]:
     """Pack segments [p] of patches, first fit, into rows of a width for a buffer of `size` patches.
 
-    Gives "to" [R * width] (patch of each slot, or -1), "segments" [R, width] (0: empty) and "back" [size]. With count None,
-    R is what is needed.
+    Gives "patch" [R * width] (of each slot, or -1), "segments" [R, width] (0: empty) and "slot" [size] (of each patch, or -1).
+    With count None, R is what is needed.
     """
     number, sizes = np.unique(segments, return_counts=True)
     order = np.argsort(segments, kind="stable")
@@ -91,15 +75,16 @@ def rows(segments: np.ndarray, width: int, size: int, count: int | None = None) 
     for n, s, r, a in placed:
         to[r, a : a + s] = order[start[n] : start[n] + s]
         ids[r, a : a + s] = n + 1
-    return {"to": torch.from_numpy(to.ravel()), "segments": torch.from_numpy(ids),
-            "back": torch.from_numpy(inverse(to.ravel(), size))}
+    return {"patch": torch.from_numpy(to.ravel()), "segments": torch.from_numpy(ids),
+            "slot": torch.from_numpy(inverse(to.ravel(), size))}
 
 
 def in_rows(fn, q: Tensor, k: Tensor, v: Tensor, table: Tree) -> Tensor:
     """Attention fn within the rows of a table. q, k, v [P, H, K] -> [P, H, K]."""
     shape = table["segments"].shape
-    q, k, v = (take(t, table["to"], table["back"]).unflatten(0, shape) for t in (q, k, v))
-    return take(fn(q, k, v, segments=table["segments"]).flatten(0, 1), table["back"], table["to"])
+    size = len(q)
+    q, k, v = (put(t, table["slot"], shape.numel()).unflatten(0, shape) for t in (q, k, v))
+    return put(fn(q, k, v, segments=table["segments"]).flatten(0, 1), table["patch"], size)
 
 
 def mrope(types: np.ndarray, grids: list[tuple[int, int, int]], steps: list[float], merge: int, *,

@@ -1,0 +1,62 @@
+"""One file per family: Config, PRESETS, params, forward, loss, KEYS, config, hub."""
+
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from mmfunc import hub, keys
+from mmfunc.tree import Tree
+
+HUB = {"qwen2": "qwen2", "qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen2vl"}  # model_type in config.json: family
+
+
+def names() -> list[str]:
+    """The families."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def get(name: str) -> tuple[ModuleType, Any]:
+    """"qwen2vl:2.5-7b" -> (its family, its Config)."""
+    family, _, preset = name.partition(":")
+    if family not in names():
+        raise ValueError(f"there is no family {family!r}; there are {', '.join(names())}")
+    module = import_module(f"{__name__}.{family}")
+    if preset not in module.PRESETS:
+        raise ValueError(f"{family} has no preset {preset!r}; it has {', '.join(module.PRESETS)}")
+    return module, module.PRESETS[preset]
+
+
+def family(folder: Path) -> tuple[ModuleType, Any]:
+    """The family and the Config of a model folder, from its config.json."""
+    said = hub.config(folder)
+    kind = said.get("model_type")
+    if kind not in HUB:
+        raise ValueError(f"{folder}/config.json says model_type {kind!r}; known are {', '.join(HUB)}")
+    module = import_module(f"{__name__}.{HUB[kind]}")
+    try:
+        return module, module.config(said)
+    except KeyError as e:
+        raise ValueError(f"{folder}/config.json lacks {e}, which {kind} needs") from e
+
+
+def table(module: ModuleType, c: Any) -> keys.Table:
+    """The names of a family's parameters in published files."""
+    return module.KEYS(c) if callable(module.KEYS) else module.KEYS
+
+
+def load(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[ModuleType, Any, Tree]:
+    """(family, Config, parameters) of a hub folder; dtype None keeps that of the file."""
+    module, c = family(folder)
+    spellings = getattr(module, "SPELLINGS", {})
+    return module, c, hub.read(folder, module.params(c), table(module, c), spellings=spellings, dtype=dtype, device=device)
+
+
+def export(folder: Path, module: ModuleType, c: Any, params: Tree, *, like: Path | None = None,
+           dtype: torch.dtype | None = None) -> None:
+    """Write a hub folder; config.json and the tokenizer's and processor's files come from the folder `like` if given."""
+    said = hub.config(like) if like else module.hub(c)
+    hub.write(folder, params, module.params(c), table(module, c), said, like=like, dtype=dtype)
