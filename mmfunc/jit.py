@@ -68,7 +68,7 @@ def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
             live = {k: t.detach().requires_grad_() for k, t in flat.items()}
             out = _apart(fn, "loss")(tree.unflatten(live, params), *args)
             value, aux = out if has_aux else (out, None)
-            with lower.backward():
+            with nullcontext() if torch.compiler.is_compiling() else lower.backward():
                 found = torch.autograd.grad(value, list(live.values()), allow_unused=True)
         grads = {k: torch.zeros_like(t) if g is None else g for (k, t), g in zip(live.items(), found)}
         value = value.detach()
