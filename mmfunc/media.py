@@ -53,19 +53,26 @@ def inside(root: Path, name: str) -> Path:
 def image(source: Path | bytes | Image.Image) -> Image.Image:
     """An image in RGB, turned as its EXIF says. BadMedia names the file and what is wrong."""
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return rgb(source)
     name = source if isinstance(source, (str, Path)) else f"an image of {len(source)} bytes"
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as x:
             if x.width * x.height > PIXELS:
                 raise BadMedia(f"{name} has {x.width} x {x.height} pixels; the limit is {PIXELS / 1e6:g} million")
-            return ImageOps.exif_transpose(x).convert("RGB")
+            return rgb(ImageOps.exif_transpose(x))
     except UnidentifiedImageError:
         raise BadMedia(f"{name} is no image: it starts with {_head(source)!r}") from None
     except Image.DecompressionBombError as e:
         raise BadMedia(f"{name} is too large: {e}") from None
     except (OSError, SyntaxError, ValueError) as e:
         raise e if isinstance(e, BadMedia) else BadMedia(f"{name} cannot be decoded: {e}") from None
+
+
+def rgb(x: Image.Image) -> Image.Image:
+    """In RGB; what is transparent lies on white."""
+    if "A" in x.getbands() or x.info.get("transparency") is not None:
+        x = Image.alpha_composite(Image.new("RGBA", x.size, "white"), x.convert("RGBA"))
+    return x.convert("RGB")
 
 
 def _head(source: Path | bytes) -> bytes:

@@ -55,20 +55,25 @@ def params(c: Config) -> Tree:
 
 
 def embed(p: Tree, c: Config, batch: dict[str, Tensor]) -> tuple[Tensor, Tree]:
-    """batch: input_ids [B, S]; optional attention_mask [B, S] (0 padding, else segments), position_ids [B, S], labels."""
-    ids = batch["input_ids"]
+    """batch: input_ids [B, S] or inputs_embeds [B, S, D]; optional attention_mask [B, S] (0 padding, else segments),
+    position_ids [B, S]; with a cache also start (0-d, slot of the first token) and cache_mask [B, slots]."""
+    x = embeds(p, c, batch)
     place = batch.get("position_ids")
     if place is None:
-        place = torch.arange(ids.shape[1], device=ids.device)[None] + batch.get("start", 0)
-    return nn.embed(p["embed"], ids), context(batch) | {"angles": nn.axial(place[..., None], (c.k,), c.theta)}
+        place = torch.arange(x.shape[1], device=x.device)[None] + batch.get("start", 0)
+    return x, context(batch, x) | {"angles": nn.axial(place[..., None], (c.k,), c.theta)}
 
 
-def context(batch: dict[str, Tensor]) -> Tree:
+def embeds(p: Tree, c: Config, batch: dict[str, Tensor]) -> Tensor:
+    """Vectors of the tokens, [B, S, D]."""
+    return batch["inputs_embeds"] if "inputs_embeds" in batch else nn.embed(p["embed"], batch["input_ids"])
+
+
+def context(batch: dict[str, Tensor], x: Tensor) -> Tree:
     """What blocks read besides the angles: who sees whom, and where a cache is written."""
     seen = batch.get("attention_mask")
     if "start" in batch:
-        slots = batch["cache_mask"]
-        seen = (slots.new_ones(batch["input_ids"].shape), slots)
+        seen = (batch["cache_mask"].new_ones(x.shape[:2]), batch["cache_mask"])
     return {"segments": seen, "start": batch.get("start")}
 
 
@@ -94,13 +99,15 @@ def words(p: Tree, c: Config) -> Tensor:
 
 
 def head(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
-    """Next-token logits, [B, S, V]."""
+    """Next-token logits, [B, S, V]; with a cache those of the last token, [B, 1, V]."""
+    x = x if ctx["start"] is None else x[:, -1:]
     return linear(features(p, c, x, ctx), words(p, c))
 
 
 STACKS = (("blocks", block),)
 forward = nn.Chain(embed, STACKS, head)
 trunk = nn.Chain(embed, STACKS, features)
+step = forward  # for generation
 
 
 def loss(p: Tree, c: Config, batch: dict[str, Tensor]) -> Tensor:

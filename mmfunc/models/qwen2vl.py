@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, silu
+from torch.nn.functional import gelu, silu
 
 from mmfunc import keys, nn
 from mmfunc.models import qwen2
@@ -189,12 +189,13 @@ def place(p: Tree, c: Config, x: Tensor, ctx: Tree) -> tuple[Tensor, Tree]:
     x = nn.mlp(merger["mlp"], _norm(c)(merger["norm"], x).unflatten(0, (-1, c.merge**2)).flatten(1), gelu)
     words = nn.embed(p["embed"], ctx["input_ids"])
     x = vision.put(x, ctx["token"], words[..., 0].numel()).view(words.shape)
-    return torch.where(ctx["seen"][..., None], x, words), said(c, ctx)
+    x = torch.where(ctx["seen"][..., None], x, words)
+    return x, said(c, ctx, x)
 
 
-def said(c: Config, batch: dict[str, Any]) -> Tree:
+def said(c: Config, batch: dict[str, Any], x: Tensor) -> Tree:
     """What text blocks read."""
-    return qwen2.context(batch) | {"angles": nn.sections(batch["position_ids"], c.text.k, c.sections, c.text.theta)}
+    return qwen2.context(batch, x) | {"angles": nn.sections(batch["position_ids"], c.text.k, c.sections, c.text.theta)}
 
 
 def block(p: Tree, c: Config, x: Tensor, ctx: Tree, entry: Tree | None = None) -> Any:
@@ -215,14 +216,14 @@ def words(p: Tree, c: Config) -> Tensor:
 
 
 def head(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
-    """Next-token logits, [B, S, V]."""
-    return linear(features(p, c, x, ctx), words(p, c))
+    """Next-token logits, [B, S, V]; with a cache those of the last token, [B, 1, V]."""
+    return qwen2.head(p, c.text, x, ctx)
 
 
 def read(p: Tree, c: Config, batch: dict[str, Tensor]) -> tuple[Tensor, Tree]:
     """Tokens behind the first ones: batch has inputs_embeds [B, S, D] or input_ids, position_ids [3, B, S], start."""
-    x = batch.get("inputs_embeds")
-    return nn.embed(p["embed"], batch["input_ids"]) if x is None else x, said(c, batch)
+    x = qwen2.embeds(p, c.text, batch)
+    return x, said(c, batch, x)
 
 
 STACKS = (("blocks", block),)
