@@ -247,10 +247,11 @@ class Jitted:
         flat = tree.flatten(args)
         static = {k: v for k, v in flat.items() if not isinstance(v, Tensor)}
         names = [k for k in flat if k not in static]
+        like = tree.map(lambda _: 0, args)  # the structure only: a tensor of the closure would become a constant
         spec: dict[str, Any] = {}
 
         def body(tensors: list[Tensor]) -> list[Tensor]:
-            given = tree.unflatten(static | dict(zip(names, tensors)), args)
+            given = tree.unflatten(static | dict(zip(names, tensors)), like)
             out = self.fn(*given)
             if self.donate:
                 overwrite(given[0], out[0])

@@ -5,6 +5,7 @@ Templates are jinja2 in an immutable sandbox. What the assistant says is marked 
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +16,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers import decoders as token_decoders
 
 OPEN, CLOSE = "\U0010fffe", "\U0010ffff"  # noncharacters around what {% generation %} holds
@@ -166,18 +167,20 @@ def decode(t: Text, ids: Sequence[int]) -> str:
     return t.tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-def write_words(folder: Path, words: Sequence[str]) -> None:
-    """A tokenizer folder of whole words, for models trained from scratch: Qwen's special tokens and ChatML."""
-    names = list(dict.fromkeys(["<unk>", "\n", *"0123456789", *words]))
+WORD = r" ?[A-Za-z]+|[0-9]|\n| ?[^\sA-Za-z0-9]"
+
+
+def write_words(folder: Path, texts: Sequence[str]) -> None:
+    """A tokenizer folder for models trained from scratch: the words of texts, single digits, Qwen's special tokens, ChatML."""
+    found = [w for t in (*texts, CHATML, "\nsystem\nuser\nassistant") for w in re.findall(WORD, re.sub(r"<\|.*?\|>|{.*?}", "\n", t))]
+    names = list(dict.fromkeys(["<unk>", "\n", *"0123456789", *found]))
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
-    split = pre_tokenizers.Split
-    from tokenizers import Regex
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split(Regex(r" ?[A-Za-z]+|[0-9]|\n| ?[^\sA-Za-z0-9]"), "isolated")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "isolated")
     tokenizer.decoder = token_decoders.Fuse()
     tokenizer.add_special_tokens(list(SPECIAL))
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
     said = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
             "unk_token": "<unk>", "clean_up_tokenization_spaces": False, "model_max_length": 32768}
-    (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n")
-    (folder / "chat_template.jinja").write_text(CHATML)
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n")
+    (Path(folder) / "chat_template.jinja").write_text(CHATML)

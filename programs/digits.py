@@ -20,6 +20,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
+from mmfunc import media, processor, text
+from mmfunc.models import qwen2, qwen2vl
+
 QUESTIONS = {
     "single": "which digit is this ?",
     "left": "which digit is left ?",
@@ -109,7 +112,25 @@ def heldout_records(a: Args, x: Tensor, y: Tensor, g: torch.Generator, out: Path
     return rows
 
 
+def model(a: Args, folder: Path) -> None:
+    """Config, tokenizer and processor settings of a Qwen2.5-VL of 0.4 million parameters; no weights."""
+    text.write_words(folder, list(QUESTIONS.values()))
+    token = text.load(folder).tokenizer.token_to_id
+    patches = media.Patches(patch=a.side // 4, least=(a.side // 2) ** 2, most=(a.side * 2) ** 2)
+    processor.write(folder, patches)
+    decoder = qwen2.Config(width=64, hidden=160, heads=4, kv_heads=2, layers=2, vocab=64, theta=1e4, tied=True, tokens=512)
+    c = qwen2vl.Config(decoder, width=64, hidden=128, heads=4, layers=3, patch=patches.patch, window=a.side, full=(2,),
+                       sections=(2, 3, 3), image_token=token("<|image_pad|>"), video_token=token("<|video_pad|>"),
+                       start_token=token("<|vision_start|>"), end_token=token("<|vision_end|>"))
+    end = {"eos_token_id": token("<|im_end|>"), "bos_token_id": None, "pad_token_id": token("<|endoftext|>")}
+    said = qwen2vl.hub(c)
+    said["text_config"] |= end
+    (folder / "config.json").write_text(json.dumps(said | end, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(end | {"do_sample": False}, indent=2) + "\n")
+
+
 def main(a: Args) -> None:
+    model(a, a.out / "model")
     g = torch.Generator().manual_seed(a.seed)
     x, y, x_held, y_held = scans()
     out = a.out / "data"

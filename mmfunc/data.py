@@ -1,0 +1,178 @@
+"""From records to batches: a stateless order, packing, buckets, and a loader whose only state is an integer.
+
+Batch number b is a function of (seed, b): resuming is a number, whatever the number of workers. Samples are padded to
+declared sizes, so that every batch of a bucket runs the same graph, with pictures or without.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mmfunc.records import Records
+
+Sample = dict[str, Any]
+
+
+def order(seed: int, epoch: int, n: int, i: int) -> int:
+    """Where position i of an epoch lies in a random order of n: a permutation by a Feistel network, without memory."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        a, b = i >> half, i & mask
+        for r in range(4):
+            a, b = b, a ^ (xxhash.xxh3_64_intdigest(b"%d,%d,%d,%d" % (seed, epoch, r, b)) & mask)
+        i = a << half | b
+        if i < n:
+            return i
+
+
+def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Samples into rows of a size, longest first, each into the first row with room; rows in order of their first sample."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        r = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
+        if r == len(rows):
+            rows.append([])
+            room.append(size)
+        rows[r].append(i)
+        room[r] -= lengths[i]
+    return sorted(sorted(r) for r in rows)
+
+
+def collate(samples: Sequence[Sample], rows: Sequence[Sequence[int]], size: int, pad: int, count: int) -> dict[str, Tensor]:
+    """A batch under the hub's names. rows: which samples stand in each row; count: rows in all; the rest is padding.
+
+    attention_mask holds segment ids 1, 2, ... within a row. The first label of each sample is -100, so that no sample
+    predicts the next one's first token.
+    """
+    ids, labels = torch.full((count, size), pad), torch.full((count, size), -100)
+    mask = torch.zeros(count, size, dtype=torch.int64)
+    for r, members in enumerate(rows):
+        at = 0
+        for k, i in enumerate(members):
+            n = len(samples[i]["input_ids"])
+            ids[r, at : at + n], labels[r, at : at + n] = samples[i]["input_ids"], samples[i]["labels"]
+            labels[r, at] = -100
+            mask[r, at : at + n] = k + 1
+            at += n
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    turn = [samples[i] for members in rows for i in members]
+    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
+        if found := [s[name] for s in turn if name in s]:
+            batch[name] = torch.cat(found)
+    return batch
+
+
+def left(samples: Sequence[Sample], pad: int, size: int = 0) -> dict[str, Tensor]:
+    """Prompts as a batch for generation: right-aligned, attention_mask [B, S]."""
+    size = max(size, *(len(s["input_ids"]) for s in samples))
+    moved = [s | {"input_ids": torch.nn.functional.pad(s["input_ids"], (size - len(s["input_ids"]), 0), value=pad),
+                  "labels": torch.full((size,), -100)} for s in samples]
+    batch = collate(moved, [[i] for i in range(len(moved))], size, pad, len(moved))
+    lengths = torch.tensor([len(s["input_ids"]) for s in samples])
+    batch["attention_mask"] = (torch.arange(size) >= size - lengths[:, None]).long()
+    del batch["labels"]
+    return batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a global batch is."""
+
+    batch: int  # samples of a micro-batch
+    tokens: tuple[int, ...]  # lengths of rows; a micro-batch takes the smallest that fits
+    patches: tuple[int, ...] = (0,)  # size of the patch buffer, for each length
+    accumulate: int = 1  # micro-batches of an update
+    rows: int = 0  # samples are packed into this many rows (twice, thrice ... as many where they do not fit); 0: one each
+    seed: int = 0
+    long: str = "error"  # a sample longer than the rows: "error", or "replace" it like a broken one
+
+    def __post_init__(self):
+        if len(self.tokens) != len(self.patches) or list(self.tokens) != sorted(self.tokens):
+            raise ValueError(f"tokens {self.tokens} and patches {self.patches} must be as many, shortest first")
+
+
+class Batches(Dataset):
+    """Global batches by number: (micro-batches, facts). A pure function of the number; what a loader's workers hold."""
+
+    def __init__(self, records: Records, encode: Callable, prepare: Callable, plan: Plan, pad: int = 0):
+        self.records, self.encode, self.prepare, self.plan, self.pad = records, encode, prepare, plan, pad
+
+    def draw(self, position: int, bad: list[dict]) -> Sample:
+        """The sample at a position; one that cannot be used is noted, and another taken that depends on the position only."""
+        n = len(self.records)
+        for attempt in range(10):
+            epoch, i = divmod(position, n)
+            epoch += attempt * 1_000_003
+            index = order(self.plan.seed, epoch, n, i)
+            try:
+                r = self.records[index]
+                sample = self.encode(r) | {"id": r.id}
+            except (ValueError, OSError) as e:
+                bad.append({"index": index, "reason": str(e)})
+                continue
+            if (size := len(sample["input_ids"])) <= self.plan.tokens[-1]:
+                return sample
+            reason = f"{r.id} has {size} tokens, the longest row has {self.plan.tokens[-1]}; samples are never cut"
+            if self.plan.long == "error":
+                raise ValueError(reason + ". Declare longer rows, or choose to replace long samples")
+            bad.append({"index": index, "reason": reason})
+        raise ValueError(f"no usable sample after 10 tries; the last: {bad[-1]['reason']}")
+
+    def __getitem__(self, number: int) -> tuple[list[dict[str, Tensor]], dict]:
+        p, bad = self.plan, []
+        start = number * p.batch * p.accumulate
+        samples = [self.draw(start + i, bad) for i in range(p.batch * p.accumulate)]
+        micro = [self._micro(samples[i : i + p.batch]) for i in range(0, len(samples), p.batch)]
+        targets = sum((m["labels"][:, 1:] >= 0).sum() for m in micro)
+        micro = [self.prepare(m | {"num_items_in_batch": targets.clamp(min=1)}, patches) for m, patches in
+                 zip(micro, (p.patches[p.tokens.index(m["input_ids"].shape[1])] for m in micro))]
+        tokens = sum(int((m["attention_mask"] > 0).sum()) for m in micro)
+        return micro, {"ids": [s["id"] for s in samples], "bad": bad, "tokens": tokens, "samples": len(samples)}
+
+    def _micro(self, samples: list[Sample]) -> dict[str, Tensor]:
+        p = self.plan
+        lengths = [len(s["input_ids"]) for s in samples]
+        patches = sum(len(s[n]) for s in samples for n in ("pixel_values", "pixel_values_videos") if n in s)
+        fits = [t for t, n in zip(p.tokens, p.patches) if t >= max(lengths) and (n >= patches or not n)]
+        if not fits:
+            raise ValueError(f"samples {', '.join(s['id'] for s in samples[:3])} ... have {patches} patches; the buffers hold "
+                             f"{p.patches}. Declare more, or smaller batches")
+        rows = pack(lengths, fits[0]) if p.rows else [[i] for i in range(len(samples))]
+        count = p.rows * -(-len(rows) // p.rows) if p.rows else len(rows)
+        return collate(samples, rows, fits[0], self.pad, count)
+
+
+def stream(batches: Batches, start: int, stop: int, workers: int = 0) -> Iterator[tuple[int, list[dict[str, Tensor]], dict]]:
+    """(number, micro-batches, facts) for the numbers from start to stop; the same for any number of loader processes."""
+    loader = DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
+                        prefetch_factor=4 if workers else None)
+    for number, (micro, facts) in zip(range(start, stop), loader):
+        yield number, micro, facts
+
+
+class Watch:
+    """Writes down samples that could not be used; too many of them stop the run."""
+
+    def __init__(self, file: Path, share: float = 0.01, least: int = 200):
+        self.file, self.share, self.least = Path(file), share, least
+        self.drawn = self.bad = 0
+
+    def __call__(self, number: int, facts: dict) -> None:
+        """Note a batch; more than the share of at least `least` samples is a ValueError."""
+        self.drawn += facts["samples"]
+        self.bad += len(facts["bad"])
+        if facts["bad"]:
+            with self.file.open("a") as f:
+                f.writelines(json.dumps({"batch": number, **b}) + "\n" for b in facts["bad"])
+        if self.bad > self.share * max(self.drawn, self.least):
+            raise ValueError(f"{self.bad} of {self.drawn} samples could not be used, more than {self.share:.0%}; see {self.file}. "
+                             f"The last: {facts['bad'][-1]['reason'] if facts['bad'] else ''}")
