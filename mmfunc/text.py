@@ -22,9 +22,7 @@ from tokenizers import decoders as token_decoders
 OPEN, CLOSE = "\U0010fffe", "\U0010ffff"  # noncharacters around what {% generation %} holds
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION)
-CHATML = """{%- if messages[0].role != 'system' %}<|im_start|>system
-You are a helpful assistant.<|im_end|>
-{% endif %}{%- for m in messages %}<|im_start|>{{ m.role }}
+CHATML = """{%- for m in messages %}<|im_start|>{{ m.role }}
 {% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}
 {%- if part.type == 'image' or 'image' in part %}<|vision_start|><|image_pad|><|vision_end|>
 {%- elif part.type == 'video' or 'video' in part %}<|vision_start|><|video_pad|><|vision_end|>
@@ -114,7 +112,8 @@ def render(t: Text, messages: Sequence[dict], *, generate: bool = False, **names
     """A conversation as text; generate opens the assistant's next turn."""
     if t.template is None:
         raise ValueError("the model folder has no chat template")
-    if any(c in json.dumps(m, ensure_ascii=False, default=str) for m in messages for c in (OPEN, CLOSE)):
+    said = str(messages)
+    if repr(OPEN)[1:-1] in said or repr(CLOSE)[1:-1] in said:
         raise ValueError("a message holds U+10FFFE or U+10FFFF, which no text may")
     try:
         return t.template.render(messages=list(messages), add_generation_prompt=generate, tools=None, documents=None,
@@ -137,7 +136,7 @@ def pieces(t: Text, messages: Sequence[dict]) -> list[tuple[str, bool]]:
         if m["role"] != "assistant":
             continue
         before = render(t, messages[:i], generate=True)
-        after = render(t, messages[: i + 1]).rstrip()
+        after = (whole if i + 1 == len(messages) else render(t, messages[: i + 1])).rstrip()
         if not (whole.startswith(before) and whole.startswith(after) and len(before) <= len(after)):
             raise ValueError("the chat template changes earlier turns as a conversation goes on, so that answers cannot be told "
                              "apart; give it {% generation %} blocks")

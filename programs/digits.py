@@ -35,7 +35,7 @@ QUESTIONS = {
 class Args:
     out: Path  # where data/ and model/ go
     singles: int = 12_000  # training pictures of one digit
-    pages: int = 20_000  # training pictures of two digits, three questions each
+    pages: int = 14_000  # training pictures of two digits, each with three questions
     side: int = 32  # pixels of a digit's side
     seed: int = 0  # of shifts, turns, noise and pairs
 
@@ -74,42 +74,35 @@ def save(pictures: Tensor, folder: Path, prefix: str) -> list[str]:
     return names
 
 
-def record(key: str, image: str, kinds: list[str], answers: dict[str, int]) -> dict:
-    """One conversation about one picture."""
-    turns = []
-    for i, kind in enumerate(kinds):
-        turns += [{"role": "user", "content": ("<image>" if i == 0 else "") + QUESTIONS[kind]},
-                  {"role": "assistant", "content": str(answers[kind])}]
-    return {"id": key, "kind": kinds[0], "messages": turns, "images": [image]}
+def record(image: str, kind: str, answer: int) -> dict:
+    """One question about one picture."""
+    turns = [{"role": "user", "content": f"<image>{QUESTIONS[kind]}"}, {"role": "assistant", "content": str(answer)}]
+    return {"id": f"{image}:{kind}", "kind": kind, "messages": turns, "images": [image]}
 
 
-def answers(left: int, right: int) -> dict[str, int]:
-    return {"left": left, "right": right, "sum": left + right}
+def page_records(names: list[str], left: Tensor, right: Tensor) -> list[dict]:
+    """The three questions about each page."""
+    return [record(name, kind, answer) for name, i, j in zip(names, left.tolist(), right.tolist())
+            for kind, answer in (("left", i), ("right", j), ("sum", i + j))]
 
 
 def train_records(a: Args, x: Tensor, y: Tensor, g: torch.Generator, out: Path) -> list[dict]:
-    """Augmented singles, and pages whose three questions stand in random order."""
+    """Varied copies of training scans, by themselves and as pages."""
     one = torch.randint(len(x), (a.singles,), generator=g)
     names = save(vary(x[one], a.side, g), out / "train", "single")
-    rows = [record(n, n, ["single"], {"single": int(d)}) for n, d in zip(names, y[one])]
-    two = torch.randint(len(x), (a.pages, 2), generator=g)
-    pages = torch.cat([vary(x[two[:, 0]], a.side, g), vary(x[two[:, 1]], a.side, g)], 2)
-    for n, (left, right) in zip(save(pages, out / "train", "page"), y[two].tolist()):
-        order = torch.randperm(3, generator=g).tolist()
-        rows.append(record(n, n, [list(answers(0, 0))[i] for i in order], answers(left, right)))
-    return rows
+    left, right = torch.randint(len(x), (2, a.pages), generator=g)
+    pages = torch.cat([vary(x[left], a.side, g), vary(x[right], a.side, g)], 2)
+    return ([record(n, "single", int(d)) for n, d in zip(names, y[one])]
+            + page_records(save(pages, out / "train", "page"), y[left], y[right]))
 
 
 def heldout_records(a: Args, x: Tensor, y: Tensor, g: torch.Generator, out: Path) -> list[dict]:
-    """Each held-out scan once, and as many pages, each question asked by itself."""
+    """Each held-out scan once by itself, and once on the left and once on the right of a page."""
     whole = enlarge(x, a.side)
-    rows = [record(f"{n}:single", n, ["single"], {"single": int(d)})
-            for n, d in zip(save(whole, out / "heldout", "single"), y)]
+    rows = [record(n, "single", int(d)) for n, d in zip(save(whole, out / "heldout", "single"), y)]
     left, right = torch.randperm(len(x), generator=g), torch.randperm(len(x), generator=g)
     names = save(torch.cat([whole[left], whole[right]], 2), out / "heldout", "page")
-    for n, i, j in zip(names, y[left].tolist(), y[right].tolist()):
-        rows += [record(f"{n}:{kind}", n, [kind], answers(i, j)) for kind in answers(i, j)]
-    return rows
+    return rows + page_records(names, y[left], y[right])
 
 
 def model(a: Args, folder: Path) -> None:
