@@ -7,7 +7,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 export TMPDIR := $(CURDIR)/.cache/tmp
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test bench clean
+.PHONY: demo test clean
 .DELETE_ON_ERROR:
 
 $(VENV)/core: pyproject.toml
@@ -31,9 +31,6 @@ test: $(VENV)/test
 	mkdir -p $(TMPDIR)
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(VENV)/test
-	mkdir -p $(TMPDIR)
-	$(BIN)/python programs/bench.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .cache runs build *.egg-info

@@ -3,7 +3,7 @@
     python programs/evaluate.py --model runs/sft/export --data questions.jsonl --out runs/sft/evaluation --metric anls
 
 Questions are records (messages whose last turn is the truth, or question and answer(s), options, kind). Writes rows.jsonl, a row
-a question, and results.json.
+a question, results.json and report.html; OUT may be the folder of the run.
 """
 
 import json
@@ -15,14 +15,14 @@ from typing import Literal
 import torch
 import tyro
 
-from mmfunc import answer, records, score
+from mmfunc import answer, records, report, score
 
 
 @dataclass(frozen=True)
 class Args:
     model: Path  # a hub folder
     data: Path  # records
-    out: Path  # rows.jsonl and results.json
+    out: Path  # rows.jsonl, results.json, report.html
     metric: Literal["exact", "relaxed", "anls", "choice"] = "exact"
     adapter: Path | None = None  # a PEFT folder
     media: Path | None = None  # root of media paths; the data file's folder when absent
@@ -42,6 +42,7 @@ def main(a: Args) -> None:
     (a.out / "rows.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     results = {"model": str(a.model), "data": str(a.data), "metric": a.metric, **score.table(rows)}
     (a.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    report.write(a.out)
     print(json.dumps(results, indent=2))
 
 

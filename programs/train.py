@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from mmfunc import checkpoint, data, jit, lora, metrics, models, optim, processor, random, records, tree
+from mmfunc import answer, checkpoint, data, jit, lora, metrics, models, optim, processor, random, records, report, tree
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -122,17 +122,30 @@ def main(a: Args) -> int:
             if (number + 1) % a.save == 0 or number + 1 == a.steps or stopped:
                 with log.time("checkpoint"):
                     _save(saver, number + 1, state, meta, log)
+                    show(a, family, c, optim.full(state), number + 1)
             if stopped:
                 saver.close()
                 return 75
         for entry in step.stats():
             log.event("compile", **entry)
     saver.close()
+    report.write(a.out)
     params = optim.full(state)
     if a.lora.rank:
         lora.export(a.out / "adapter", params, models.table(family, c), base_model=str(a.model))
     models.export(a.out / "export", family, c, lora.merge(params), like=a.model)
     return 0
+
+
+def show(a: Args, family: Any, c: Any, params: tree.Tree, step: int) -> None:
+    """Ask twelve questions from the whole file, and rewrite the report."""
+    if a.questions:
+        asked = records.open(a.questions)
+        which = range(0, len(asked), max(len(asked) // 12, 1))[:12]
+        rows = answer.examine(answer.ready(family, c, params, processor.load(a.model)), asked, which, metric="exact", new=32, batch=12)
+        with (a.out / "samples.jsonl").open("a") as f:
+            f.writelines(json.dumps({"step": step, **r}) + "\n" for r in rows)
+    report.write(a.out)
 
 
 def _save(saver: checkpoint.Saver, step: int, state: dict, meta: dict, log: metrics.Log) -> None:

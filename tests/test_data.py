@@ -1,0 +1,174 @@
+"""Records, order, packing, loading: formats by their keys, hostile names, broken samples, any number of workers."""
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mmfunc import data, media, records
+
+
+def png(color=0, size=(16, 16)):
+    out = io.BytesIO()
+    Image.new("RGB", size, (color, 9, 9)).save(out, "png")
+    return out.getvalue()
+
+
+TURNS = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "x"}]
+ROWS = [
+    {"messages": TURNS, "images": ["a.png"]},
+    {"conversations": [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "x"}], "image": "a.png"},
+    {"query": "what?", "response": "x", "images": ["a.png"]},
+    {"instruction": "what?", "input": "", "output": "x", "image": "a.png"},
+    {"question": "what?", "answer": "x", "image": "a.png"},
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what?"}]}, TURNS[1]]},
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: next(iter(r)))
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_formats(tmp_path, row, ending):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / f"d.{ending}").write_text(json.dumps([row, row]) if ending == "json" else json.dumps(row) + "\n\n" + json.dumps(row))
+    found = records.open(tmp_path / f"d.{ending}")
+    assert len(found) == 2 and found[1].images == [tmp_path / "a.png"]
+    assert found[1].messages[-1] == TURNS[1] and [m["role"] for m in found[1].messages] == ["user", "assistant"]
+    if isinstance(found[1].messages[0]["content"], str):
+        assert found[1].messages[0]["content"] == "<image>what?"
+
+
+def test_captions_beside_media(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a red square\n")
+    assert records.open(tmp_path)[0].messages == [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a red square"}]
+
+
+def test_tar_shards_are_read_in_place(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as t:
+        for name, body in (("n" * 150 + ".png", png(1)), ("n" * 150 + ".json", json.dumps(ROWS[0] | {"images": ["x.png"]}).encode()),
+                           ("../../evil.png", png(2)), ("../../evil.txt", b"a caption"), ("lonely.png", png(3))):
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            t.addfile(info, io.BytesIO(body))
+    found = records.open(tmp_path / "a.tar")
+    assert len(found) == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["a.tar"]
+    both = {found[i].images[0]: found[i].messages[-1]["content"] for i in range(2)}
+    assert both == {png(1): "x", png(2): "a caption"}
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/passwd", "link.png", "none.png", "http://x/a.png", "a\0.png"])
+def test_media_stay_below_their_root(tmp_path, name):
+    (tmp_path / "secret.png").write_bytes(png())
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "root" / "d.jsonl").write_text(json.dumps(ROWS[0] | {"images": [name]}))
+    with pytest.raises(ValueError, match=r"d.jsonl:1: .*(root|missing|disk only)"):
+        records.open(tmp_path / "root" / "d.jsonl")[0]
+
+
+def test_bad_files_are_named(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"a": 1}\n{"messages": \n[]\n')
+    with pytest.raises(ValueError, match=r"2 lines are no JSON objects: .*d.jsonl:2: .*d.jsonl:3: no object"):
+        records.open(tmp_path / "d.jsonl")
+    (tmp_path / "e.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match="keys a is of no known format; known are messages"):
+        records.open(tmp_path / "e.jsonl")[0]
+    (tmp_path / "f.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds no record"):
+        records.open(tmp_path / "f.jsonl")
+    with pytest.raises(ValueError, match="no known ending"):
+        records.open(_touch(tmp_path / "f.xml"))
+
+
+def _touch(p):
+    p.write_text("x")
+    return p
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 5), st.integers(0, 3))
+def test_order_is_a_permutation(n, seed, epoch):
+    assert sorted(data.order(seed, epoch, n, i) for i in range(n)) == list(range(n))
+
+
+def test_order_changes_and_scales():
+    first = [data.order(0, 0, 1000, i) for i in range(1000)]
+    assert first != [data.order(0, 1, 1000, i) for i in range(1000)] != [data.order(1, 0, 1000, i) for i in range(1000)]
+    assert len({data.order(0, 0, 1 << 40, i) for i in range(500)}) == 500
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=30))
+def test_packing_keeps_every_sample_whole(lengths):
+    rows = data.pack(lengths, 20)
+    assert sorted(i for r in rows for i in r) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in r) <= 20 for r in rows)
+    samples = [{"input_ids": torch.full((n,), i + 1), "labels": torch.full((n,), i + 1)} for i, n in enumerate(lengths)]
+    batch = data.collate(samples, rows, 20, 0, len(rows))
+    assert (batch["input_ids"] > 0).sum() == sum(lengths)
+    for r, members in enumerate(rows):
+        for k, i in enumerate(members):
+            own = batch["attention_mask"][r] == k + 1
+            assert own.sum() == lengths[i] and (batch["input_ids"][r][own] == i + 1).all()
+            assert batch["labels"][r][own].tolist() == [-100] + [i + 1] * (lengths[i] - 1)
+
+
+def fake(bad=(), long=()):
+    """Batches over 50 numbers; some of them broken, some too long."""
+    def encode(r):
+        i = int(r.id)
+        if i in bad:
+            raise media.BadMedia(f"{i} is broken")
+        n = 90 if i in long else 3 + i % 5
+        return {"input_ids": torch.full((n,), i), "labels": torch.full((n,), i)}
+
+    rows = records.Records(50, lambda i: (str(i), {"messages": TURNS[1:]}, None))
+    return lambda **plan: data.Batches(rows, encode, lambda b, patches: b, data.Plan(**({"batch": 4, "tokens": (8, 16)} | plan)))
+
+
+def test_resuming_is_a_number_for_any_workers():
+    make = fake(bad=(7,))
+    whole = list(data.stream(make(), 0, 20))
+    for start, workers in ((0, 2), (7, 0), (7, 1), (13, 2)):
+        for (n, micro, facts), (m, other, said) in zip(data.stream(make(), start, 20, workers), whole[start:], strict=True):
+            assert n == m and facts == said and all(torch.equal(micro[0][k], other[0][k]) for k in other[0])
+    drawn = [i for _, _, f in whole[:12] for i in f["ids"]]
+    assert len(set(drawn)) >= 47  # an epoch repeats nothing but the substitute
+
+
+def test_broken_samples_are_replaced_listed_and_counted(tmp_path):
+    watch = data.Watch(tmp_path / "bad.jsonl", least=50)
+    with pytest.raises(ValueError, match=r"more than 1%.*is broken"):
+        for n, _, facts in data.stream(fake(bad=(7, 9))(), 0, 30):
+            assert len(facts["ids"]) == 4 and not {"7", "9"} & set(facts["ids"])
+            watch(n, facts)
+    rows = [json.loads(r) for r in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert {r["index"] for r in rows} <= {7, 9} and all("is broken" in r["reason"] for r in rows)
+    with pytest.raises(ValueError, match="no usable sample after 10 tries; the last: .* is broken"):
+        fake(bad=range(50))()[0]
+
+
+def test_long_samples_are_named_never_cut():
+    with pytest.raises(ValueError, match=r"^3 has 90 tokens, the longest row has 16; samples are never cut. Declare"):
+        for i in range(13):
+            fake(long=(3,))()[i]
+    facts = [fake(long=(3,))(long="replace")[i][1] for i in range(13)]
+    assert sum(len(f["bad"]) for f in facts) == 1
+
+
+def test_buckets_micro_batches_and_counts():
+    b = fake()(accumulate=3, batch=2, tokens=(4, 8))
+    micro, facts = b[1]
+    assert len(micro) == 3 and facts["samples"] == 6
+    assert all(m["input_ids"].shape[1] == (4 if max((m["attention_mask"] > 0).sum(1)) <= 4 else 8) for m in micro)
+    want = sum(int((m["labels"][:, 1:] >= 0).sum()) for m in micro)
+    assert all(m["num_items_in_batch"] == want for m in micro)
+    packed, _ = fake()(batch=8, tokens=(16,), rows=2)[0]
+    assert packed[0]["input_ids"].shape[0] % 2 == 0 and packed[0]["attention_mask"].max() > 1
+    with pytest.raises(ValueError, match="as many, shortest first"):
+        data.Plan(1, (8, 4), (1, 1))
