@@ -14,7 +14,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import flop_registry
 
-from mmfunc import tree
+from mmfunc.signature import named
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Lowered:
 
         def run(*args: Any) -> Any:
             with torch.no_grad():
-                return self.shape(args, list(call(*[t for t in tree.leaves(args) if isinstance(t, Tensor)])))
+                return self.shape(args, list(call(*[t for _, t in named(args) if isinstance(t, Tensor)])))
 
         return run
 
@@ -93,7 +93,7 @@ def trace(body: Callable, args: tuple, shape: Callable, donated: int, backend: s
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         inputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu" if t.is_meta else t.device)
-                  for t in tree.leaves(args) if isinstance(t, Tensor)]
+                  for _, t in named(args) if isinstance(t, Tensor)]
         with traceback.preserve_node_meta():
             graph = make_fx(lambda *tensors: body(list(tensors)), tracing_mode="fake")(*inputs)
         graph = remat_using_tags_for_fwd_loss_bwd_graph(graph)

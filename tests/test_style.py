@@ -14,8 +14,8 @@ FLOORS = [  # a file imports from its own floor or a lower one
     {"tree", "random", "media"},
     {"shard", "kernels", "keys"},
     {"nn"},
-    {"diffusion", "text", "lora", "optim", "jit", "lower", "checkpoint", "hub", "data", "records", "metrics", "report",
-     "score", "processor", "generate"},
+    {"diffusion", "text", "lora", "optim", "jit", "grad", "signature", "lower", "checkpoint", "hub", "data", "records",
+     "metrics", "report", "score", "processor", "generate"},
     {"models"},
     {"answer"},
 ]

@@ -1,0 +1,114 @@
+"""Differentiation, recomputation, and the parts of a program that jit compiles by themselves."""
+
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
+from itertools import count
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from mmfunc import lower, tree
+from mmfunc.kernels import attention  # noqa: F401  registers mmfunc::keep
+from mmfunc.nn import chain
+from mmfunc.tree import Tree
+
+Policy = Literal["nothing", "attention", "dots", "everything"]
+
+
+def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
+    """(params, *args) -> (fn's value, gradients of params), or ((value, aux), gradients); None stays None.
+
+    fn gives a 0-d tensor, with has_aux also a tree. Leaves that the value does not depend on get zeros. This is
+    autograd.grad, not torch.func.grad, which ignores custom backward functions when compiled.
+    """
+
+    def run(params: Tree, *args: Any) -> tuple[Any, Tree]:
+        flat = tree.flatten(params)
+        with torch.enable_grad():
+            live = {k: t.detach().requires_grad_() for k, t in flat.items()}
+            out = apart(fn, "loss")(tree.unflatten(live, params), *args)
+            value, aux = out if has_aux else (out, None)
+            with nullcontext() if torch.compiler.is_compiling() else lower.backward():
+                found = torch.autograd.grad(value, list(live.values()), allow_unused=True)
+        grads = {k: torch.zeros_like(t) if g is None else g for (k, t), g in zip(live.items(), found)}
+        value = value.detach()
+        aux = tree.map(lambda t: t.detach() if isinstance(t, Tensor) else t, aux)
+        return ((value, aux) if has_aux else value), tree.unflatten(grads, params)
+
+    return run
+
+
+# ---- recomputation
+
+_SDPA = [getattr(torch.ops.aten, n).default for n in (
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention") if hasattr(torch.ops.aten, n)]
+_DOTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]  # bmm, the scores of attention, is none of them
+SAVED = {  # operations whose results a policy keeps; fused attention is always kept: one graph cannot run it twice
+    "nothing": _SDPA, "attention": [*_SDPA, torch.ops.mmfunc.keep.default],
+    "dots": [*_SDPA, *_DOTS, torch.ops.mmfunc.keep.default],
+}
+
+
+def _choose(saved: tuple, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.MUST_RECOMPUTE
+
+
+_calls = count()
+
+
+def _contexts(saved: tuple) -> tuple:
+    pair = create_selective_checkpoint_contexts(partial(_choose, saved))
+    if getattr(pair[0], "ac_graph_id", 0) is None:  # lower() tells recomputed regions apart by this number
+        pair[0].ac_graph_id = next(_calls)
+    return pair
+
+
+def remat(fn: Callable, policy: Policy) -> Callable:
+    """fn, of whose intermediate results only what the policy names is kept for the backward pass; the rest is rerun."""
+    if policy == "everything":
+        return fn
+    if policy not in SAVED:
+        raise ValueError(f"the remat policy {policy!r} is unknown; there are {', '.join(SAVED)}, everything")
+    contexts = partial(_contexts, tuple(SAVED[policy]))
+
+    def run(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return fn(*args)
+        return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+    return run
+
+
+# ---- parts that the modes of jit compile by themselves
+
+_parts: list[dict[str, Callable]] = [{}]  # what stands in for a kind of part, while a jitted function runs in Python
+
+
+def apart(fn: Callable, kind: str) -> Callable:
+    """fn, or what stands in for it now."""
+    return fn if torch.compiler.is_compiling() else _parts[-1].get(kind, lambda f: f)(fn)
+
+
+def region(fn: Callable) -> Callable:
+    """fn as a part that is compiled by itself where the whole is not."""
+
+    @wraps(fn)
+    def run(*args: Any) -> Any:
+        return apart(fn, "region")(*args)
+
+    return run
+
+
+@contextmanager
+def standing_in(parts: dict[str, Callable], runner: Callable):
+    """Within, parts of these kinds are replaced, and Chains are run by runner."""
+    _parts.append(parts)
+    try:
+        with chain.running(runner):
+            yield
+    finally:
+        _parts.pop()
