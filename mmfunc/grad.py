@@ -61,7 +61,8 @@ _calls = count()
 
 
 def _contexts(saved: tuple) -> tuple:
-    pair = create_selective_checkpoint_contexts(partial(_choose, saved))
+    # in a trace, where each result has its own name, operations in place do no harm
+    pair = create_selective_checkpoint_contexts(partial(_choose, saved), allow_cache_entry_mutation=lower.tracing())
     if getattr(pair[0], "ac_graph_id", 0) is None:  # lower() tells recomputed regions apart by this number
         pair[0].ac_graph_id = next(_calls)
     return pair

@@ -172,7 +172,7 @@ class Jitted:
 
         return run
 
-    def flattened(self, args: tuple) -> tuple[Callable, Callable]:
+    def flattened(self, args: tuple, write: Callable = overwrite) -> tuple[Callable, Callable]:
         """fn on the list of tensors among args: (tensors -> tensors, (args, those) -> fn's result)."""
         static = {k: v for k, v in tree.flatten(args).items() if not isinstance(v, Tensor)}
         names = [k for k, v in named(args) if k not in static]
@@ -183,7 +183,7 @@ class Jitted:
             given = tree.unflatten(static | dict(zip(names, tensors)), like)
             out = self.fn(*given)
             if self.donate:
-                overwrite(given[0], out[0])
+                write(given[0], out[0])
                 out = out[1:]
             leaves = tree.flatten(out)
             spec["out"] = tree.map(lambda _: 0, out)
@@ -214,9 +214,7 @@ class Jitted:
     def lower(self, *args: Any) -> "lower.Lowered":
         """What the function does, from abstract arguments (on the meta device, or real): nothing is run."""
         with flags(), torch.no_grad(), standing_in({}, chain.whole(self._wrap)):
-            body, shape = self.flattened(args)
-            donated = len(signature(args[0])[1]) if self.donate else 0
-            return lower.trace(body, args, shape, donated, self.backend)
+            return lower.trace(partial(self.flattened, args), args, self.backend)
 
     def stats(self) -> list[dict]:
         """For each compiled signature: its shapes, seconds of its first call, whether the cache had it."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,28 @@ from torch._functorch._activation_checkpointing.remat_using_tags_for_fwd_loss_bw
     remat_using_tags_for_fwd_loss_bwd_graph,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx import traceback
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.flop_counter import flop_registry
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.utils import flop_counter
 
+from mmfunc import tree
 from mmfunc.signature import named
+
+aten = torch.ops.aten
+
+
+def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **kwargs: Any) -> int:
+    return flop_counter.sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
+
+
+FLOPS = flop_counter.flop_registry | {  # of a call, from its arguments; what torch's own table lacks
+    aten._scaled_dot_product_flash_attention_for_cpu:
+        flop_counter.flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten.mv: lambda a, b, **kwargs: 2 * a.numel(),
+    aten.dot: lambda a, b, **kwargs: 2 * a.numel(),
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +42,6 @@ class Lowered:
     graph: torch.fx.GraphModule
     inputs: list[Tensor]  # fake
     shape: Callable  # (args, output tensors) -> the function's result
-    donated: int  # how many of the inputs are updated in place
     backend: str
 
     def text(self) -> str:
@@ -32,41 +49,43 @@ class Lowered:
         return self.graph.print_readable(print_output=False, include_stride=False)
 
     def cost(self) -> dict[str, Any]:
-        """FLOPs (1 multiply-add = 2; matrix products, convolutions, attention), in all and by operation, and bytes moved."""
+        """FLOPs (a multiply-add is 2; matrix products, convolutions, attention) in all and by operation, and bytes.
+
+        Bytes are those that each operation reads and writes: what fusion saves is not known here.
+        """
         by_op: dict[str, int] = {}
         moved = 0
         for node in calls(self.graph):
-            values = [a for a in torch.utils._pytree.tree_leaves((vals(node.args), vals(node.kwargs))) if isinstance(a, Tensor)]
-            moved += sum(t.nbytes for t in (*values, *outputs(node)) if not is_view(node))
-            count = flop_registry.get(getattr(node.target, "_overloadpacket", None))
+            if not is_view(node):
+                moved += sum(t.nbytes for n in (node, *node.all_input_nodes) for t in outputs(n))
+            count = FLOPS.get(getattr(node.target, "_overloadpacket", None))
             if count is not None:
                 name = str(node.target).removeprefix("aten.")
-                by_op[name] = by_op.get(name, 0) + int(count(*vals(node.args), **vals(node.kwargs), out_val=node.meta["val"]))
+                flops = count(*vals(node.args), **vals(node.kwargs), out_val=node.meta["val"])
+                by_op[name] = by_op.get(name, 0) + int(flops)
         return {"flops": sum(by_op.values()), "flops_by_op": by_op, "bytes": moved, "collectives": {}}
 
     def memory(self) -> dict[str, int]:
-        """Bytes: arguments, outputs that are new, temporary (most held at once beside both), and peak, their sum."""
+        """Bytes: arguments, outputs that are new, temporary (most held at once beside both), and peak, their sum.
+
+        As if each operation had its own result: what fusion saves is not known here. A donated state is no output.
+        """
         nodes = list(self.graph.graph.nodes)
-        last: dict[int, int] = {}
-        for i, node in enumerate(nodes):
-            for n in (node, *node.all_input_nodes):
-                last |= {storage(t): i for t in outputs(n)}
         given = {storage(t) for n in nodes if n.op == "placeholder" for t in outputs(n)}
         kept = {storage(t) for n in nodes[-1].all_input_nodes for t in outputs(n)} - given
-        live, size, held, most = set(given), {}, 0, 0
+        last = {storage(t): i for i, n in enumerate(nodes) for m in (n, *n.all_input_nodes) for t in outputs(m)}
+        size: dict[int, int] = {}
+        held = most = 0
         for i, node in enumerate(nodes[:-1]):
-            for t in outputs(node):
-                if storage(t) not in live:
-                    live.add(storage(t))
-                    size[storage(t)] = t.untyped_storage().nbytes()
-                    held += size[storage(t)]
+            touched = {storage(t): t for n in (node, *node.all_input_nodes) for t in outputs(n)}
+            for s in touched.keys() - size.keys() - given:
+                size[s] = touched[s].untyped_storage().nbytes()
+                held += size[s]
             most = max(most, held)
-            gone = [s for n in (node, *node.all_input_nodes) for s in {storage(t) for t in outputs(n)}
-                    if s in size and last[s] == i and s not in kept]
-            held -= sum(size.pop(s) for s in set(gone))
+            held -= sum(size[s] for s in touched.keys() - given - kept if last[s] == i)
         arguments = sum(t.nbytes for t in self.inputs)
         new = sum(size.get(s, 0) for s in kept)
-        return {"arguments": arguments, "outputs": new, "temporary": max(most - new, 0), "peak": arguments + max(most, new)}
+        return {"arguments": arguments, "outputs": new, "temporary": most - new, "peak": arguments + most}
 
     def compile(self) -> Callable:
         """The function for arguments of these shapes, compiled ahead of its first call."""
@@ -88,17 +107,62 @@ def backward():
     return traceback.annotate({"phase": "backward"})
 
 
-def trace(body: Callable, args: tuple, shape: Callable, donated: int, backend: str) -> Lowered:
-    """Record what body, a function of a list of tensors, does on tensors like those of args."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
+def tracing() -> bool:
+    """Whether operations are recorded in a graph just now."""
+    return get_proxy_mode() is not None
+
+
+def trace(flattened: Callable, args: tuple, backend: str) -> Lowered:
+    """Record what a function does on tensors like those of args.
+
+    flattened(write) gives it as a function of a list of tensors, and what shapes its results; where the function is to
+    overwrite a state it calls write(old, new).
+    """
+    writes: list[tuple[Tensor, Tensor]] = []
+    body, shape = flattened(lambda old, new: writes.extend(zip(tree.leaves(old), tree.leaves(new), strict=True)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu" if t.is_meta else t.device)
                   for _, t in named(args) if isinstance(t, Tensor)]
         with traceback.preserve_node_meta():
-            graph = make_fx(lambda *tensors: body(list(tensors)), tracing_mode="fake")(*inputs)
+            graph = make_fx(partial(_functional, body, writes), tracing_mode="fake")(*inputs)
         graph = remat_using_tags_for_fwd_loss_bwd_graph(graph)
     graph.graph.eliminate_dead_code()
-    return Lowered(graph, inputs, shape, donated, backend)
+    _sink(graph)
+    return Lowered(graph, inputs, shape, backend)
+
+
+def _functional(body: Callable, writes: list, *tensors: Tensor) -> list[Tensor]:
+    """body with its operations in place replaced; what it overwrites of its arguments is written at the end."""
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)):
+        with FunctionalTensorMode():
+            given = [FunctionalTensor.to_functional(t) for t in tensors]
+            out = [_plain(t) for t in body(given)]
+            new = {id(old): _plain(t) for old, t in writes if t is not old}
+            ends = [new.get(id(g), _plain(g)) for g in given]
+    for t, end in zip(tensors, ends):
+        if end is not t:
+            t.copy_(end)
+    return out
+
+
+def _plain(t: Tensor) -> Tensor:
+    if not isinstance(t, FunctionalTensor):
+        return t
+    torch._sync(t)
+    return torch._from_functional_tensor(t.elem)
+
+
+def _sink(graph: torch.fx.GraphModule) -> None:
+    """Move each write into an argument to where its value is ready and the old one needed no more, as Inductor does."""
+    order = {n: i for i, n in enumerate(graph.graph.nodes)}
+    ends = [n for n in calls(graph) if n.target is aten.copy_.default]
+    last = {storage(t): n for n in calls(graph) if n not in ends for m in n.all_input_nodes for t in outputs(m)}
+    for node in ends:
+        old, new = node.args[:2]
+        after = max((new, last.get(storage(old.meta["val"]), new)), key=order.__getitem__)
+        if after.op != "placeholder":
+            after.append(node)
+    graph.recompile()
 
 
 def calls(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
