@@ -29,24 +29,36 @@ def ready(family: Any, c: Any, params: Tree, pr: processor.Processor, backend: j
     return Model(family, c, params, pr, generate.stepper(family.step, c, backend=backend))
 
 
-def load(folder: Path, *, adapter: Path | None = None, dtype: torch.dtype | None = None, backend: jit.Backend = "eager") -> Model:
+def load(
+    folder: Path, *, adapter: Path | None = None, dtype: torch.dtype | None = None, backend: jit.Backend = "eager"
+) -> Model:
     """A Model from a hub folder, with the PEFT adapter of another folder if given."""
     family, c, params = models.load(folder, dtype)
     if adapter:
-        params = lora.load(adapter, family.params(c), params, models.table(family, c), getattr(family, "SPELLINGS", None))[1]
+        params = lora.load(
+            adapter, family.params(c), params, models.table(family, c), getattr(family, "SPELLINGS", None)
+        )[1]
     return ready(family, c, params, processor.load(folder), backend)
 
 
-def ask(m: Model, questions: Sequence[tuple[list[dict], Sequence, Sequence]], *, new: int, how: generate.Sampling | None = None,
-        key: Tensor | None = None, tell: Callable | None = None) -> list[str]:
+def ask(
+    m: Model,
+    questions: Sequence[tuple[list[dict], Sequence, Sequence]],
+    *,
+    new: int,
+    how: generate.Sampling | None = None,
+    key: Tensor | None = None,
+    tell: Callable | None = None,
+) -> list[str]:
     """Answers to (messages, images, videos), as one batch."""
     pr = m.processor
     samples = [processor.encode(pr, said, images, videos, generate=True) for said, images, videos in questions]
     batch = data.left(samples, pr.text.pad)
     if hasattr(m.family, "prepare"):
         batch = m.family.prepare(m.config, batch)
-    out = generate.generate(m.family, m.params, m.config, batch, new=new, stops=pr.text.stops, how=how, key=key, call=m.call,
-                            tell=tell)
+    out = generate.generate(
+        m.family, m.params, m.config, batch, new=new, stops=pr.text.stops, how=how, key=key, call=m.call, tell=tell
+    )
     return [text.decode(pr.text, ids).strip() for ids in out]
 
 
@@ -55,8 +67,12 @@ def question(r: Record) -> tuple[list[dict], list[str]]:
     last = r.messages[-1]
     said = r.extra.get("answers", r.extra.get("answer", last["content"] if last["role"] == "assistant" else None))
     if said is None:
-        raise ValueError(f"{r.id} has no answer to compare with: neither a last turn of the assistant nor answer or answers")
-    return [*r.messages[:-1]] if last["role"] == "assistant" else r.messages, [str(a) for a in (said if isinstance(said, list) else [said])]
+        raise ValueError(
+            f"{r.id} has no answer to compare with: neither a last turn of the assistant nor answer or answers"
+        )
+    return [*r.messages[:-1]] if last["role"] == "assistant" else r.messages, [
+        str(a) for a in (said if isinstance(said, list) else [said])
+    ]
 
 
 def examine(m: Model, records: Records, which: Sequence[int], *, metric: str, new: int, batch: int) -> list[dict]:
@@ -66,9 +82,18 @@ def examine(m: Model, records: Records, which: Sequence[int], *, metric: str, ne
         asked = [records[i] for i in which[a : a + batch]]
         found = [question(r) for r in asked]
         answers = ask(m, [(said, r.images, r.videos) for r, (said, _) in zip(asked, found)], new=new)
-        rows += [{"id": r.id, "kind": r.extra.get("kind", "all"), "question": plain(said), "answer": answer, "truth": truths,
-                  "score": measure(answer, truths, r.extra.get("options", ())), "images": [str(i) for i in r.images if isinstance(i, Path)]}
-                 for r, (said, truths), answer in zip(asked, found, answers)]
+        rows += [
+            {
+                "id": r.id,
+                "kind": r.extra.get("kind", "all"),
+                "question": plain(said),
+                "answer": answer,
+                "truth": truths,
+                "score": measure(answer, truths, r.extra.get("options", ())),
+                "images": [str(i) for i in r.images if isinstance(i, Path)],
+            }
+            for r, (said, truths), answer in zip(asked, found, answers)
+        ]
     return rows
 
 

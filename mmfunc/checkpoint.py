@@ -1,7 +1,7 @@
 """Training state on disk: safetensors and a manifest with checksums, written aside, synced, then renamed.
 
-A folder step-00000042 exists whole or not at all; restore takes the newest one whose every byte matches its checksum, before
-a tensor of it is used. Tensors are stored by dotted name. No file of a state is a pickle.
+A folder step-00000042 exists whole or not at all; restore takes the newest one whose every byte matches its checksum,
+before a tensor of it is used. Tensors are stored by dotted name. No file of a state is a pickle.
 """
 
 import json
@@ -98,7 +98,8 @@ def _fill(folder: Path, step: int, flat: dict[str, Tensor], meta: dict[str, Any]
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a step's folder, every byte of which is what was written; else a ValueError that says what is not."""
+    """The manifest of a step's folder, every byte of which is what was written; else a ValueError that says what is
+    not."""
     try:
         said = json.loads((folder / "manifest.json").read_text())
         own = said.pop("xxh3_128")
@@ -135,7 +136,11 @@ def restore(root: Path, like: Tree) -> tuple[Tree, dict[str, Any], list[str]] | 
         for name in said["files"]:
             flat |= load_file(folder / name)
         _compare(folder, flat, tree.flatten(like))
-        return tree.unflatten({k: t.to(v.device) for (k, t), v in zip(sorted(flat.items()), _sorted(like))}, like), said["meta"], wrong
+        return (
+            tree.unflatten({k: t.to(v.device) for (k, t), v in zip(sorted(flat.items()), _sorted(like))}, like),
+            said["meta"],
+            wrong,
+        )
     if wrong:
         raise ValueError("no checkpoint is whole: " + "; ".join(wrong))
     return None
@@ -161,7 +166,9 @@ def same(saved: dict[str, Any], given: dict[str, Any]) -> None:
     differ = [f"{k}: {saved.get(k)!r} then, {given.get(k)!r} now" for k in sorted(saved.keys() | given.keys())
               if saved.get(k) != given.get(k)]
     if differ:
-        raise ValueError("the run was started with other settings: " + "; ".join(differ) + ". Use another --out, or those.")
+        raise ValueError(
+            "the run was started with other settings: " + "; ".join(differ) + ". Use another --out, or those."
+        )
 
 
 class Saver:

@@ -34,7 +34,8 @@ def order(seed: int, epoch: int, n: int, i: int) -> int:
 
 
 def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Samples into rows of a size, longest first, each into the first row with room; rows in order of their first sample."""
+    """Samples into rows of a size, longest first, each into the first row with room; rows in order of their first
+    sample."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -47,7 +48,9 @@ def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
     return sorted(sorted(r) for r in rows)
 
 
-def collate(samples: Sequence[Sample], rows: Sequence[Sequence[int]], size: int, pad: int, count: int) -> dict[str, Tensor]:
+def collate(
+    samples: Sequence[Sample], rows: Sequence[Sequence[int]], size: int, pad: int, count: int
+) -> dict[str, Tensor]:
     """A batch under the hub's names. rows: which samples stand in each row; count: rows in all; the rest is padding.
 
     attention_mask holds segment ids 1, 2, ... within a row. The first label of each sample is -100, so that no sample
@@ -89,15 +92,21 @@ class Plan:
 
     batch: int  # samples of a micro-batch
     tokens: tuple[int, ...]  # lengths of rows; a micro-batch takes the smallest that fits
-    patches: tuple[int, ...] = (0,)  # size of the patch buffer, for each length
+    patches: tuple[int, ...] = ()  # size of the patch buffer, for each length; none: no pictures, or any number
     accumulate: int = 1  # micro-batches of an update
-    rows: int = 0  # samples are packed into this many rows (twice, thrice ... as many where they do not fit); 0: one each
+    rows: int = (
+        0  # samples are packed into this many rows (twice, thrice ... as many where they do not fit); 0: one each
+    )
     seed: int = 0
     long: str = "error"  # a sample longer than the rows: "error", or "replace" it like a broken one
 
     def __post_init__(self):
-        if len(self.tokens) != len(self.patches) or list(self.tokens) != sorted(self.tokens):
+        if (self.patches and len(self.tokens) != len(self.patches)) or list(self.tokens) != sorted(self.tokens):
             raise ValueError(f"tokens {self.tokens} and patches {self.patches} must be as many, shortest first")
+
+    def sizes(self) -> dict[int, int | None]:
+        """The patch buffer of each row length; None where none is declared."""
+        return dict(zip(self.tokens, self.patches or [None] * len(self.tokens)))
 
 
 class Batches(Dataset):
@@ -107,7 +116,8 @@ class Batches(Dataset):
         self.records, self.encode, self.prepare, self.plan, self.pad = records, encode, prepare, plan, pad
 
     def draw(self, position: int, bad: list[dict]) -> Sample:
-        """The sample at a position; one that cannot be used is noted, and another taken that depends on the position only."""
+        """The sample at a position; one that cannot be used is noted, and another taken that depends on the position
+        only."""
         n = len(self.records)
         for attempt in range(10):
             epoch, i = divmod(position, n)
@@ -128,13 +138,13 @@ class Batches(Dataset):
         raise ValueError(f"no usable sample after 10 tries; the last: {bad[-1]['reason']}")
 
     def __getitem__(self, number: int) -> tuple[list[dict[str, Tensor]], dict]:
-        p, bad = self.plan, []
+        p, bad, sizes = self.plan, [], self.plan.sizes()
         start = number * p.batch * p.accumulate
         samples = [self.draw(start + i, bad) for i in range(p.batch * p.accumulate)]
         micro = [self._micro(samples[i : i + p.batch]) for i in range(0, len(samples), p.batch)]
         targets = sum((m["labels"][:, 1:] >= 0).sum() for m in micro)
-        micro = [self.prepare(m | {"num_items_in_batch": targets.clamp(min=1)}, patches) for m, patches in
-                 zip(micro, (p.patches[p.tokens.index(m["input_ids"].shape[1])] for m in micro))]
+        count = {"num_items_in_batch": targets.clamp(min=1)}
+        micro = [self.prepare(m | count, sizes[m["input_ids"].shape[1]]) for m in micro]
         tokens = sum(int((m["attention_mask"] > 0).sum()) for m in micro)
         return micro, {"ids": [s["id"] for s in samples], "bad": bad, "tokens": tokens, "samples": len(samples)}
 
@@ -142,17 +152,22 @@ class Batches(Dataset):
         p = self.plan
         lengths = [len(s["input_ids"]) for s in samples]
         patches = sum(len(s[n]) for s in samples for n in ("pixel_values", "pixel_values_videos") if n in s)
-        fits = [t for t, n in zip(p.tokens, p.patches) if t >= max(lengths) and (n >= patches or not n)]
+        fits = [t for t, n in self.plan.sizes().items() if t >= max(lengths) and (n is None or n >= patches)]
         if not fits:
-            raise ValueError(f"samples {', '.join(s['id'] for s in samples[:3])} ... have {patches} patches; the buffers hold "
-                             f"{p.patches}. Declare more, or smaller batches")
+            raise ValueError(
+                f"samples {', '.join(s['id'] for s in samples[:3])} ... have {patches} patches; the buffers hold "
+                f"{p.patches}. Declare more, or smaller batches"
+            )
         rows = pack(lengths, fits[0]) if p.rows else [[i] for i in range(len(samples))]
         count = p.rows * -(-len(rows) // p.rows) if p.rows else len(rows)
         return collate(samples, rows, fits[0], self.pad, count)
 
 
-def stream(batches: Batches, start: int, stop: int, workers: int = 0) -> Iterator[tuple[int, list[dict[str, Tensor]], dict]]:
-    """(number, micro-batches, facts) for the numbers from start to stop; the same for any number of loader processes."""
+def stream(
+    batches: Batches, start: int, stop: int, workers: int = 0
+) -> Iterator[tuple[int, list[dict[str, Tensor]], dict]]:
+    """(number, micro-batches, facts) for the numbers from start to stop; the same for any number of loader
+    processes."""
     loader = DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
                         prefetch_factor=4 if workers else None)
     for number, (micro, facts) in zip(range(start, stop), loader):
@@ -174,5 +189,7 @@ class Watch:
             with self.file.open("a") as f:
                 f.writelines(json.dumps({"batch": number, **b}) + "\n" for b in facts["bad"])
         if self.bad > self.share * max(self.drawn, self.least):
-            raise ValueError(f"{self.bad} of {self.drawn} samples could not be used, more than {self.share:.0%}; see {self.file}. "
-                             f"The last: {facts['bad'][-1]['reason'] if facts['bad'] else ''}")
+            raise ValueError(
+                f"{self.bad} of {self.drawn} samples could not be used, more than {self.share:.0%}; see {self.file}. "
+                f"The last: {facts['bad'][-1]['reason'] if facts['bad'] else ''}"
+            )

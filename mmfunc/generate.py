@@ -1,7 +1,7 @@
 """Generation with a static cache: prefill in chunks, then one step of one shape a token.
 
-Prompts of different lengths stand right-aligned (padded on the left), so that all rows write the same slot. The functions of
-a family are arguments: embeds (tokens and pictures to vectors), step (the decoder with a cache) and cache.
+Prompts of different lengths stand right-aligned (padded on the left), so that all rows write the same slot. The
+functions of a family are arguments: embeds (tokens and pictures to vectors), step (the decoder with a cache) and cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,9 +72,9 @@ def generate(family: Any, p: Tree, c: Any, batch: dict[str, Any], *, new: int, s
              call: Callable | None = None, tell: Callable[[list[int]], None] | None = None) -> list[list[int]]:
     """New tokens for each prompt, up to `new` or a stop token, which is included.
 
-    batch: what the family's embeds reads, left padded, with attention_mask [B, S]. family has embeds, step, cache. chunk:
-    tokens of a prefill call (0: all at once). slots: size of the cache (0: what is needed). call: a stepper, to reuse what it
-    compiled. tell gets each step's tokens.
+    batch: what the family's embeds reads, left padded, with attention_mask [B, S]. family has embeds, step, cache.
+    chunk: tokens of a prefill call (0: all at once). slots: size of the cache (0: what is needed). call: a stepper,
+    to reuse what it compiled. tell gets each step's tokens.
     """
     how = how or Sampling()
     ids = batch["input_ids"]
@@ -110,6 +110,11 @@ def _decode(call, p, cache, logits, ids, mask, place, seen, size, new, stops, ho
             tell(token.tolist())
         if i + 1 == new or all(o[-1] in stops for o in out):
             break
-        one = {"input_ids": token[:, None], "position_ids": place + i, "start": torch.tensor(size + i), "cache_mask": seen}
+        one = {
+            "input_ids": token[:, None],
+            "position_ids": place + i,
+            "start": torch.tensor(size + i),
+            "cache_mask": seen,
+        }
         cache, logits = call(cache, p, one)
     return out

@@ -32,7 +32,9 @@ def config(folder: Path) -> dict:
         raise FileNotFoundError(f"{folder} is no folder; give a model folder with config.json and *.safetensors")
     file = folder / "config.json"
     if not file.exists():
-        raise FileNotFoundError(f"{folder} has no config.json; it has {', '.join(sorted(os.listdir(folder))[:8]) or 'no files'}")
+        raise FileNotFoundError(
+            f"{folder} has no config.json; it has {', '.join(sorted(os.listdir(folder))[:8]) or 'no files'}"
+        )
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as e:
@@ -53,8 +55,10 @@ def files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin", "model.pth"):
         if (folder / name).exists():
             return [folder / name]
-    raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor an index of shards; to start from random "
-                            "weights, say so explicitly")
+    raise FileNotFoundError(
+        f"{folder} has no weights: neither model.safetensors nor an index of shards; to start from random "
+        "weights, say so explicitly"
+    )
 
 
 def _opened(file: Path, stack: ExitStack) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
@@ -107,7 +111,8 @@ def respelled(name: str, spellings: dict[str, str]) -> str:
 
 def write(folder: Path, tensors: Tree, params: Tree, table: keys.Table, config: dict, *, like: Path | None = None,
           dtype: torch.dtype | None = None, shard: int = SHARD) -> None:
-    """Write a hub folder: config.json, weights in shards, and the tokenizer's and processor's files of the folder `like`.
+    """Write a hub folder: config.json, weights in shards, and the tokenizer's and processor's files of the folder
+    `like`.
 
     It appears whole or not at all. An existing folder is replaced.
     """
@@ -119,8 +124,10 @@ def write(folder: Path, tensors: Tree, params: Tree, table: keys.Table, config: 
     try:
         cast = {n: t.detach().to(device="cpu", dtype=dtype or t.dtype) for n, t in flat.items()}
         _write_weights(temporary, keys.export(cast, places), shard)
-        kind = str((dtype or next(iter(flat.values())).dtype)).removeprefix("torch.")
-        (temporary / "config.json").write_text(json.dumps(config | {"dtype": kind, "torch_dtype": kind}, indent=2) + "\n")
+        kind = str(dtype or next(iter(flat.values())).dtype).removeprefix("torch.")
+        (temporary / "config.json").write_text(
+            json.dumps(config | {"dtype": kind, "torch_dtype": kind}, indent=2) + "\n"
+        )
         for file in sorted({f for pattern in CARRIED for f in Path(like).glob(pattern)}) if like else ():
             shutil.copyfile(file, temporary / file.name)
         for file in temporary.iterdir():

@@ -85,7 +85,9 @@ def _rules(table: Table) -> list[tuple[re.Pattern, str, str | Cut | View | Copie
         theirs = [name] * len(ours) if isinstance(right, Cut) else expand(name)
         if len(ours) != len(theirs):
             raise ValueError(f"the key rule {left!r}: {name!r} pairs {len(ours)} names with {len(theirs)}")
-        rules += [(re.compile(re.escape(a).replace(r"\*", r"(\d+)") + r"(\..*)?$"), b, right) for a, b in zip(ours, theirs)]
+        rules += [
+            (re.compile(re.escape(a).replace(r"\*", r"(\d+)") + r"(\..*)?$"), b, right) for a, b in zip(ours, theirs)
+        ]
     return sorted(rules, key=lambda r: -len(r[0].pattern))
 
 
@@ -97,7 +99,7 @@ def lookup(params: dict[str, Param], table: Table) -> dict[str, Place]:
         if pattern is None:
             raise ValueError(f"the key table has no rule for our parameter {name}")
         *layers, rest = pattern.match(name).groups()
-        fill = lambda text: text.replace("*", "{}").format(*layers) + (rest or "")
+        fill = lambda text, layers=layers, rest=rest: text.replace("*", "{}").format(*layers) + (rest or "")
         there = fill(there)
         cut = isinstance(right, Cut)
         dim = right.dim if cut else 0
@@ -121,7 +123,9 @@ def check(params: dict[str, Param], places: dict[str, Place], shapes: dict[str, 
     for name, place in places.items():
         shape, ours = shapes[place.name], params[name].shape
         sums[place.name] = sums.get(place.name, 0) + prod(ours)
-        cut = tuple(n for i, n in enumerate(shape) if i != place.dim) == tuple(n for i, n in enumerate(ours) if i != place.dim)
+        cut = tuple(n for i, n in enumerate(shape) if i != place.dim) == tuple(
+            n for i, n in enumerate(ours) if i != place.dim
+        )
         fits = shape == (place.shape or ours) if place.whole else cut
         if not fits or (not place.whole and place.start + ours[place.dim] > shape[place.dim]):
             raise ValueError(f"{name} has the shape {ours} in the model, {place.name} has {shape} in the checkpoint")
@@ -130,8 +134,11 @@ def check(params: dict[str, Param], places: dict[str, Place], shapes: dict[str, 
             raise ValueError(f"{name} has {prod(shapes[name])} numbers in the checkpoint, the model takes {n} of them")
 
 
-def load(params: dict[str, Param], places: dict[str, Place], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor) one by one, each with storage of its own; read(name) gives what can be sliced like a tensor."""
+def load(
+    params: dict[str, Param], places: dict[str, Place], read: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor) one by one, each with storage of its own; read(name) gives what can be sliced like a
+    tensor."""
     for name, place in places.items():
         shape = params[name].shape
         if place.whole:

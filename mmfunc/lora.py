@@ -18,7 +18,8 @@ TRAINED = r"\.lora_[ab]$"  # the rule for what is trained
 
 
 def LoRA(params: Tree, rank: int, where: str, alpha: float | None = None) -> Tree:
-    """Declare lora_a [rank, in] and lora_b [out, rank] beside each dense weight whose dotted name (without .weight) matches.
+    """Declare lora_a [rank, in] and lora_b [out, rank] beside each dense weight whose dotted name (without .weight)
+    matches.
 
     Where nothing matches, a ValueError. The path is scaled by alpha / rank (alpha None: 1), and starts as zero.
     """
@@ -27,7 +28,9 @@ def LoRA(params: Tree, rank: int, where: str, alpha: float | None = None) -> Tre
                if n.endswith(".weight") and p.axes.count(" ") == 1 and "vocab" not in p.axes]
     chosen = {n for n in targets if re.search(where, n)}
     if not chosen:
-        raise ValueError(f"the LoRA rule {where!r} matches none of the {len(targets)} dense maps, such as {', '.join(targets[:3])}")
+        raise ValueError(
+            f"the LoRA rule {where!r} matches none of the {len(targets)} dense maps, such as {', '.join(targets[:3])}"
+        )
     factor = 1.0 if alpha is None else alpha / rank
     return _with(params, lambda n, p: {**p, **_pair(p["weight"], rank, factor)} if n in chosen else p)
 
@@ -54,7 +57,9 @@ def merge(params: Tree) -> Tree:
         if "lora_a" not in p:
             return p
         delta = (p["lora_b"].float() @ p["lora_a"].float()) * p["lora_scale"].float()
-        return {k: v for k, v in p.items() if not k.startswith("lora_")} | {"weight": (p["weight"] + delta).to(p["weight"].dtype)}
+        return {k: v for k, v in p.items() if not k.startswith("lora_")} | {
+            "weight": (p["weight"] + delta).to(p["weight"].dtype)
+        }
 
     return _with(params, one)
 
@@ -70,8 +75,10 @@ def _modules(params: Tree, table: keys.Table) -> dict[str, str]:
     ours = [n.removesuffix(".lora_a") for n in flat if n.endswith(".lora_a")]
     places = keys.lookup({f"{n}.weight": flat[f"{n}.weight"] for n in ours}, table)
     if cut := [n for n in ours if not places[f"{n}.weight"].whole]:
-        raise ValueError(f"{cut[0]} is part of {places[cut[0] + '.weight'].name} in published files: PEFT has no adapter for a "
-                         "part; leave it out of the LoRA rule, or merge")
+        raise ValueError(
+            f"{cut[0]} is part of {places[cut[0] + '.weight'].name} in published files: PEFT has no adapter for a "
+            "part; leave it out of the LoRA rule, or merge"
+        )
     return {n: places[f"{n}.weight"].name.removesuffix(".weight") for n in ours}
 
 
@@ -94,28 +101,44 @@ def export(folder: Path, params: Tree, table: keys.Table, *, base_model: str = "
     (folder / "adapter_config.json").write_text(json.dumps(said, indent=2) + "\n")
 
 
-def load(folder: Path, declared: Tree, params: Tree, table: keys.Table, spellings: dict[str, str] | None = None) -> tuple[Tree, Tree]:
+def load(
+    folder: Path, declared: Tree, params: Tree, table: keys.Table, spellings: dict[str, str] | None = None
+) -> tuple[Tree, Tree]:
     """(declaration, parameters) of declared and params with the adapters of a PEFT folder beside them."""
     folder = Path(folder)
     said = json.loads((folder / "adapter_config.json").read_text())
     if said.get("peft_type") != "LORA" or said.get("use_dora") or said.get("rank_pattern") or said.get("alpha_pattern"):
-        raise ValueError(f"{folder} is no plain LoRA adapter: {({k: said.get(k) for k in ('peft_type', 'use_dora', 'rank_pattern')})}")
+        raise ValueError(
+            f"{folder} is no plain LoRA adapter: peft_type {said.get('peft_type')!r}, "
+            f"use_dora {said.get('use_dora')!r}, rank_pattern {said.get('rank_pattern')!r}, "
+            f"alpha_pattern {said.get('alpha_pattern')!r}"
+        )
     rank = said["r"]
     factor = said["lora_alpha"] / (rank**0.5 if said.get("use_rslora") else rank)
     found = load_file(folder / "adapter_model.safetensors")
     flat = tree.flatten(declared)
     weights = {n: p for n, p in flat.items() if n.endswith(".weight") and len(p.shape) == 2 and "vocab" not in p.axes}
-    ours = {p.name.removesuffix(".weight"): n.removesuffix(".weight") for n, p in keys.lookup(weights, table).items() if p.whole}
+    ours = {
+        p.name.removesuffix(".weight"): n.removesuffix(".weight")
+        for n, p in keys.lookup(weights, table).items()
+        if p.whole
+    }
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, t in found.items():
         module, _, ab = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-        there = next((new + module[len(old):] for old, new in (spellings or {}).items() if module.startswith(old)), module)
+        there = next(
+            (new + module[len(old) :] for old, new in (spellings or {}).items() if module.startswith(old)), module
+        )
         if there not in ours or ab not in ("A", "B"):
-            raise ValueError(f"{name} of {folder} belongs to no dense map of the model, such as {', '.join([*ours][:3])}")
+            raise ValueError(
+                f"{name} of {folder} belongs to no dense map of the model, such as {', '.join([*ours][:3])}"
+            )
         pairs.setdefault(ours[there], {})[f"lora_{ab.lower()}"] = t
     tree_of = LoRA(declared, rank, "^(" + "|".join(map(re.escape, pairs)) + ")$", factor * rank)
     filled = _with(params, lambda n, p: p | pairs[n] | {"lora_scale": torch.tensor(factor)} if n in pairs else p)
     for name, p in tree.flatten(tree_of).items():
         if ".lora_" in name and tuple(tree.at(filled, name).shape) != p.shape:
-            raise ValueError(f"{name} has the shape {p.shape} in the model, {tuple(tree.at(filled, name).shape)} in {folder}")
+            raise ValueError(
+                f"{name} has the shape {p.shape} in the model, {tuple(tree.at(filled, name).shape)} in {folder}"
+            )
     return tree_of, filled

@@ -38,7 +38,8 @@ class Patches:
 
 
 def inside(root: Path, name: str) -> Path:
-    """The file of a name below a root; a name that leads out of it, by .. or a link or as an absolute path, is BadMedia."""
+    """The file of a name below a root; a name that leads out of it, by .. or a link or as an absolute path, is
+    BadMedia."""
     if "\0" in name or "://" in name:
         raise BadMedia(f"{name!r} is no path of a file; media are read from disk only")
     root = Path(root).resolve()

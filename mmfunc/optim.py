@@ -128,8 +128,13 @@ def masters(tx: Transform) -> Transform:
         new = kept["master"] + u
         return new.to(p.dtype).float() - p.float(), {"master": new, "tx": k}
 
-    return Transform(lambda name, p: {"master": p.float().clone(), "tx": tx.init(name, p.float())}, update, tx.every, tx.norm,
-                     tx.rules)
+    return Transform(
+        lambda name, p: {"master": p.float().clone(), "tx": tx.init(name, p.float())},
+        update,
+        tx.every,
+        tx.norm,
+        tx.rules,
+    )
 
 
 # ---- schedules: of the number of updates done, a 0-d tensor
@@ -165,11 +170,20 @@ def init(tx: Transform, params: Tree, frozen: Tree = None, *, fp16: bool = False
     flat = tree.flatten(params)
     for rule in tx.rules:
         if not any(_matches(rule, n, p) for n, p in flat.items()):
-            raise ValueError(f"the rule {rule!r} matches none of the {len(flat)} trained parameters, such as {', '.join([*flat][:3])}")
+            raise ValueError(
+                f"the rule {rule!r} matches none of the {len(flat)} trained parameters, "
+                f"such as {', '.join([*flat][:3])}"
+            )
     device = next(iter(flat.values())).device
     count = lambda: torch.zeros((), dtype=torch.int64, device=device)
-    state = {"params": params, "frozen": frozen, "opt": tree.unflatten({n: tx.init(n, p) for n, p in flat.items()}, params),
-             "step": count(), "skipped": count(), "in_a_row": count()}
+    state = {
+        "params": params,
+        "frozen": frozen,
+        "opt": tree.unflatten({n: tx.init(n, p) for n, p in flat.items()}, params),
+        "step": count(),
+        "skipped": count(),
+        "in_a_row": count(),
+    }
     grown = {"value": torch.tensor(2.0**16, device=device), "good": count()}
     return state | {"scale": grown} if fp16 else state
 
@@ -185,16 +199,20 @@ def averaged(state: Tree) -> Tree:
     for name in tree.flatten(state["params"]):
         found = [v for k, v in tree.flatten(tree.at(state["opt"], name)).items() if k.split(".")[-1] == "ema"]
         if not found:
-            raise ValueError(f"the optimizer keeps no running mean of {name}; put optim.ema(rate) at the end of the chain")
+            raise ValueError(
+                f"the optimizer keeps no running mean of {name}; put optim.ema(rate) at the end of the chain"
+            )
         flat[name] = found[0]
     return tree.unflatten(flat, state["params"])
 
 
-def step(loss: Callable, tx: Transform, state: Tree, batch: Any, *, compute: torch.dtype | None = None) -> tuple[Tree, Tree]:
+def step(
+    loss: Callable, tx: Transform, state: Tree, batch: Any, *, compute: torch.dtype | None = None
+) -> tuple[Tree, Tree]:
     """One call of training: (state, batch) -> (new state, report of 0-d tensors: loss, grad_norm, finite, ...).
 
-    loss(params, batch) gives a 0-d tensor; parameters are cast to `compute` before it, their gradients come back in their
-    own dtype. With float16 in the state (fp16=True) the loss is scaled; an overflow halves the scale.
+    loss(params, batch) gives a 0-d tensor; parameters are cast to `compute` before it, their gradients come back in
+    their own dtype. With float16 in the state (fp16=True) the loss is scaled; an overflow halves the scale.
     """
     factor = state["scale"]["value"] if "scale" in state else None
     cast = lambda t: t.to(compute) if compute and t.is_floating_point() else t
@@ -232,7 +250,13 @@ def apply(tx: Transform, grads: Tree, state: Tree, value: Tensor) -> tuple[Tree,
         new["scale"], harmless = rescaled(state["scale"], last, finite)
         bad = bad & ~harmless
     new["in_a_row"] = torch.where(last, torch.where(bad, state["in_a_row"] + 1, 0), state["in_a_row"])
-    return new, {"loss": value, "grad_norm": norm, "finite": finite, "skipped": new["skipped"], "in_a_row": new["in_a_row"]}
+    return new, {
+        "loss": value,
+        "grad_norm": norm,
+        "finite": finite,
+        "skipped": new["skipped"],
+        "in_a_row": new["in_a_row"],
+    }
 
 
 def _updates(tx: Transform) -> Callable:
@@ -265,7 +289,8 @@ def groups(names: list[str]) -> list[list[str]]:
 
 
 def rescaled(old: Tree, last: Tensor, finite: Tensor) -> tuple[Tree, Tensor]:
-    """The next loss scale (halved on overflow, doubled after 2,000 good updates), and whether halving may still help."""
+    """The next loss scale (halved on overflow, doubled after 2,000 good updates), and whether halving may still
+    help."""
     value, good = old["value"], torch.where(last, torch.where(finite, old["good"] + 1, 0), old["good"])
     grown = torch.where(good >= 2000, value * 2, value)
     value = torch.where(last & ~finite, (value / 2).clamp(min=1.0), grown)

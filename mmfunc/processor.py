@@ -1,6 +1,7 @@
 """From a conversation with pictures to what a model reads: one way for training, asking and evaluation.
 
-A folder's own files say how: tokenizer, chat template, preprocessor_config.json. Equal to transformers' Qwen2-VL processors.
+A folder's own files say how: tokenizer, chat template, preprocessor_config.json. Equal to transformers' Qwen2-VL
+processors.
 """
 
 import json
@@ -35,8 +36,13 @@ def load(folder: Path) -> Processor:
     said = _settings(folder, "preprocessor_config.json", "image_processor")
     moving = _settings(folder, "video_preprocessor_config.json", "video_processor") or said
     pr = Processor(text.load(folder))
-    return replace(pr, image=_patches(pr.image, said), video=_patches(pr.video, moving), fps=moving.get("fps") or pr.fps,
-                   frames=(moving.get("min_frames", pr.frames[0]), moving.get("max_frames", pr.frames[1])))
+    return replace(
+        pr,
+        image=_patches(pr.image, said),
+        video=_patches(pr.video, moving),
+        fps=moving.get("fps") or pr.fps,
+        frames=(moving.get("min_frames", pr.frames[0]), moving.get("max_frames", pr.frames[1])),
+    )
 
 
 def _settings(folder: Path, own: str, part: str) -> dict:
@@ -49,19 +55,34 @@ def _patches(s: media.Patches, said: dict) -> media.Patches:
     area = said.get("size") or {}
     if said.get("do_resize", True) is False or said.get("do_normalize", True) is False:
         raise ValueError("preprocessor_config.json turns resizing or normalising off, which is not supported")
-    given = {"patch": said.get("patch_size"), "merge": said.get("merge_size"), "frames": said.get("temporal_patch_size"),
-             "least": said.get("min_pixels") or area.get("shortest_edge"), "mean": said.get("image_mean"),
-             "most": said.get("max_pixels") or area.get("longest_edge"), "std": said.get("image_std"),
-             "scale": said.get("rescale_factor")}
+    given = {
+        "patch": said.get("patch_size"),
+        "merge": said.get("merge_size"),
+        "frames": said.get("temporal_patch_size"),
+        "least": said.get("min_pixels") or area.get("shortest_edge"),
+        "mean": said.get("image_mean"),
+        "most": said.get("max_pixels") or area.get("longest_edge"),
+        "std": said.get("image_std"),
+        "scale": said.get("rescale_factor"),
+    }
     return replace(s, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None})
 
 
 def write(folder: Path, s: media.Patches) -> None:
     """preprocessor_config.json for a model trained from scratch."""
-    said = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", "patch_size": s.patch,
-            "merge_size": s.merge, "temporal_patch_size": s.frames, "min_pixels": s.least, "max_pixels": s.most,
-            "size": {"shortest_edge": s.least, "longest_edge": s.most}, "image_mean": list(s.mean),
-            "image_std": list(s.std), "rescale_factor": s.scale}
+    said = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+        "patch_size": s.patch,
+        "merge_size": s.merge,
+        "temporal_patch_size": s.frames,
+        "min_pixels": s.least,
+        "max_pixels": s.most,
+        "size": {"shortest_edge": s.least, "longest_edge": s.most},
+        "image_mean": list(s.mean),
+        "image_std": list(s.std),
+        "rescale_factor": s.scale,
+    }
     (Path(folder) / "preprocessor_config.json").write_text(json.dumps(said, indent=2) + "\n")
 
 
@@ -79,7 +100,8 @@ def listed(messages: Sequence[dict]) -> list[dict]:
 
 def encode(pr: Processor, messages: Sequence[dict], images: Sequence[Any] = (), videos: Sequence[Any] = (), *,
            generate: bool = False) -> dict[str, Any]:
-    """A sample: input_ids [S], labels [S] (the assistant's words), pixel_values [P, ...], image_grid_thw [n, 3], and so on.
+    """A sample: input_ids [S], labels [S] (the assistant's words), pixel_values [P, ...], image_grid_thw [n, 3], and
+    so on.
 
     images: files, bytes or PIL images, as many as the messages have places; videos: files or bytes. generate opens the
     assistant's next turn. A mismatch or unreadable media is a ValueError.
@@ -95,7 +117,8 @@ def encode(pr: Processor, messages: Sequence[dict], images: Sequence[Any] = (), 
     parts = [(text.render(pr.text, messages, generate=True), False)] if generate else text.pieces(pr.text, messages)
     for kind, found, s in (("image", seen, pr.image), ("video", played, pr.video)):
         counts = iter([g[0] * g[1] * g[2] // s.merge**2 for _, g in found])
-        parts = [(re.sub(re.escape(PADS[kind]), lambda m: m[0] * next(counts), p), said) for p, said in parts]
+        fill = lambda m, counts=counts: m[0] * next(counts)
+        parts = [(re.sub(re.escape(PADS[kind]), fill, p), said) for p, said in parts]
     ids, labels = text.encode(pr.text, [(p.replace(text.OPEN, "").replace(text.CLOSE, ""), said) for p, said in parts])
     sample: dict[str, Any] = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
     sample |= _pixels("pixel_values", "image_grid_thw", seen) | _pixels("pixel_values_videos", "video_grid_thw", played)

@@ -1,8 +1,8 @@
 """Records of conversations and captions from the files people have, told apart by their keys and read at random.
 
-messages (OpenAI, LLaMA-Factory, ms-swift), conversations (LLaVA, ShareGPT), query/response, instruction/output (Alpaca),
-captions beside media (metadata.csv, metadata.jsonl); as .jsonl, .json, .csv, a folder, or .tar shards (WebDataset), which are
-read by an index of offsets and never unpacked.
+messages (OpenAI, LLaMA-Factory, ms-swift), conversations (LLaVA, ShareGPT), query/response, instruction/output
+(Alpaca), captions beside media (metadata.csv, metadata.jsonl); as .jsonl, .json, .csv, a folder, or .tar shards
+(WebDataset), which are read by an index of offsets and never unpacked.
 """
 
 import csv
@@ -19,7 +19,10 @@ from mmfunc import media
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MEDIA = {"images": ("images", "image"), "videos": ("videos", "video")}
-SUFFIXES = {"images": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"), "videos": (".mp4", ".webm", ".mkv", ".mov", ".avi")}
+SUFFIXES = {
+    "images": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"),
+    "videos": (".mp4", ".webm", ".mkv", ".mov", ".avi"),
+}
 FORMATS = ("messages", "conversations", "query + response", "instruction + output", "question + answer",
            "image/video/file_name + text/prompt/caption")
 
@@ -62,11 +65,15 @@ def messages(row: dict) -> list[dict]:
             told = told[0] if isinstance(told, list) else told
             places = "".join(f"<{kind[:-1]}>" * len(_named(row, kind)) for kind in MEDIA)
             asked = asked if any(f"<{k[:-1]}>" in asked for k in MEDIA) else places + asked
-            return [{"role": "user", "content": asked}] + ([{"role": "assistant", "content": str(told)}] if told is not None else [])
+            return [{"role": "user", "content": asked}] + (
+                [{"role": "assistant", "content": str(told)}] if told is not None else []
+            )
     said = next((row[k] for k in ("text", "prompt", "caption") if k in row), None)
     kinds = [k for k in MEDIA if _named(row, k)]
     if said is None or not kinds:
-        raise ValueError(f"a record with the keys {', '.join(row)} is of no known format; known are {'; '.join(FORMATS)}")
+        raise ValueError(
+            f"a record with the keys {', '.join(row)} is of no known format; known are {'; '.join(FORMATS)}"
+        )
     return [{"role": "user", "content": f"<{kinds[0][:-1]}>"}, {"role": "assistant", "content": said}]
 
 
@@ -85,7 +92,8 @@ def _named(row: dict, kind: str) -> list:
 
 
 def record(key: str, row: dict, find: Callable[[str], Any]) -> Record:
-    """A row as a Record; media named within content lists are found too. Errors are ValueErrors that name the record."""
+    """A row as a Record; media named within content lists are found too. Errors are ValueErrors that name the
+    record."""
     try:
         turns = messages(row)
         if not turns or any("role" not in t or "content" not in t for t in turns):
@@ -100,12 +108,15 @@ def record(key: str, row: dict, find: Callable[[str], Any]) -> Record:
 
 
 def open(path: Path, root: Path | None = None) -> Records:
-    """Records of a file or folder; media are looked for below root (the file's folder when None). None at all is an error."""
+    """Records of a file or folder; media are looked for below root (the file's folder when None). None at all is an
+    error."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     if path.is_dir():
-        inside = [path / n for n in ("metadata.jsonl", "metadata.csv") if (path / n).exists()] or sorted(path.glob("*.tar"))
+        inside = [path / n for n in ("metadata.jsonl", "metadata.csv") if (path / n).exists()] or sorted(
+            path.glob("*.tar")
+        )
         if not inside:
             raise ValueError(f"{path} has neither metadata.jsonl nor metadata.csv nor *.tar")
         out = mix([open(f, root or path) for f in inside])
@@ -173,7 +184,9 @@ def _tar(path: Path) -> Records:
     groups: dict[str, dict[str, tuple[int, int]]] = {}
     with tarfile.open(path, "r:") as t:
         for m in t:
-            stem, _, ending = m.name.partition(".")
+            folder, _, name = m.name.rpartition("/")
+            stem, _, ending = name.partition(".")
+            stem = f"{folder}/{stem}"
             if m.isfile() and ending:
                 groups.setdefault(stem, {})["." + ending.lower()] = (m.offset_data, m.size)
     keys = sorted(k for k, g in groups.items() if ".json" in g or ".txt" in g)

@@ -1,7 +1,7 @@
 """A run as one page: curves, time, compilation, answers with their pictures. One file, no network, phone and print.
 
-render(folder) reads metrics.jsonl, config.json, samples.jsonl, results.json and bad_samples.jsonl of a run; write() puts
-report.html beside them.
+render(folder) reads metrics.jsonl, config.json, samples.jsonl, results.json and bad_samples.jsonl of a run; write()
+puts report.html beside them.
 """
 
 import base64
@@ -41,25 +41,35 @@ def thinned(points: Sequence[tuple[float, float]], most: int = 400) -> list[tupl
     return [(p[-1][0], math.fsum(y for _, y in p) / len(p)) for p in parts]
 
 
-def curve(title: str, points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, str]] = (), log: bool = False) -> str:
+def curve(
+    title: str, points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, str]] = (), log: bool = False
+) -> str:
     """An SVG line chart in a card; marks are vertical lines with a colour."""
     if not points:
         return ""
     pts = thinned(points)
     f = (lambda y: math.log10(max(y, 1e-12))) if log else float
     xs, ys = [x for x, _ in pts], [f(y) for _, y in pts]
-    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(ys), max(ys)
+    x0, x1, y0, y1 = min(xs), max(*xs, min(xs) + 1), min(ys), max(ys)
     y1 = y1 if y1 > y0 else y0 + 1
     px, py = (lambda x: 44 + (x - x0) / (x1 - x0) * 346), (lambda y: 150 - (y - y0) / (y1 - y0) * 130)
     line = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in zip(xs, ys))
     shown = lambda y: f"{10**y if log else y:.3g}"
-    ticks = "".join(f'<line x1="44" x2="390" y1="{py(y):.0f}" y2="{py(y):.0f}" stroke="var(--line)"/><text x="40" y="{py(y) + 4:.0f}" '
-                    f'text-anchor="end">{shown(y)}</text>' for y in (y0, (y0 + y1) / 2, y1))
-    lines = "".join(f'<line x1="{px(x):.1f}" x2="{px(x):.1f}" y1="20" y2="150" stroke="{c}" stroke-dasharray="3 3"/>' for x, c in marks)
-    return (f'<div class="card"><b>{escape(title)}</b> <span class="soft">{points[-1][1]:.4g}{", log scale" if log else ""}</span>'
-            f'<svg viewBox="0 0 400 172" role="img" aria-label="{escape(title)}">{ticks}{lines}<polyline points="{line}" fill="none" '
-            f'stroke="var(--a)" stroke-width="2" stroke-linejoin="round"/><text x="44" y="167">{x0:g}</text><text x="390" y="167" '
-            f'text-anchor="end">step {x1:g}</text></svg></div>')
+    ticks = "".join(
+        f'<line x1="44" x2="390" y1="{py(y):.0f}" y2="{py(y):.0f}" stroke="var(--line)"/><text x="40" y="{py(y) + 4:.0f}" '
+        f'text-anchor="end">{shown(y)}</text>'
+        for y in (y0, (y0 + y1) / 2, y1)
+    )
+    lines = "".join(
+        f'<line x1="{px(x):.1f}" x2="{px(x):.1f}" y1="20" y2="150" stroke="{c}" stroke-dasharray="3 3"/>'
+        for x, c in marks
+    )
+    return (
+        f'<div class="card"><b>{escape(title)}</b> <span class="soft">{points[-1][1]:.4g}{", log scale" if log else ""}</span>'
+        f'<svg viewBox="0 0 400 172" role="img" aria-label="{escape(title)}">{ticks}{lines}<polyline points="{line}" fill="none" '
+        f'stroke="var(--a)" stroke-width="2" stroke-linejoin="round"/><text x="44" y="167">{x0:g}</text><text x="390" y="167" '
+        f'text-anchor="end">step {x1:g}</text></svg></div>'
+    )
 
 
 def figure(value: str, name: str) -> str:
@@ -82,8 +92,13 @@ def sample(row: dict, root: Path) -> str:
     """A question with its picture, the answer and the truth."""
     right = row["score"] >= 1
     truth = " / ".join(map(str, row["truth"]))
-    verdict = f'<span class="ok">✓ {escape(row["answer"])}</span>' if right else (
-        f'<span class="no">✗ {escape(row["answer"]) or "(nothing)"}</span> <span class="soft">truth: {escape(truth)}</span>')
+    verdict = (
+        f'<span class="ok">✓ {escape(row["answer"])}</span>'
+        if right
+        else (
+            f'<span class="no">✗ {escape(row["answer"]) or "(nothing)"}</span> <span class="soft">truth: {escape(truth)}</span>'
+        )
+    )
     return (f'<div class="card">{"".join(picture(i, root) for i in row.get("images", [])[:4])}<div class="soft">'
             f'{escape(row["question"])}</div><div>{verdict}</div></div>')
 
@@ -102,7 +117,9 @@ def split(steps: Sequence[dict]) -> str:
     parts = {k: math.fsum(r.get(f"{k}_ms", 0) for r in steps) for k in COLOURS if k != "other"}
     parts["other"] = max(total - sum(parts.values()), 0)
     bar = "".join(f'<i style="width:{v / total:.2%};background:{COLOURS[k]}"></i>' for k, v in parts.items())
-    said = " · ".join(f'<span style="color:{COLOURS[k]}">■</span> {k.replace("_", " ")} {v / total:.0%}' for k, v in parts.items())
+    said = " · ".join(
+        f'<span style="color:{COLOURS[k]}">■</span> {k.replace("_", " ")} {v / total:.0%}' for k, v in parts.items()
+    )
     return f'<div class="card"><div class="bar">{bar}</div><div class="soft">{said} of {total / 1e3:.0f} s</div></div>'
 
 
@@ -114,38 +131,55 @@ def render(folder: Path) -> str:
     bad, _ = read(folder / "bad_samples.jsonl")
     said = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
     results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else None
-    marks = [(r["step"], "var(--bad)") for r in steps if r.get("skipped")] + [(e["step"], "#e8a33d") for e in events if e["event"] == "restart"]
+    marks = [(r["step"], "var(--bad)") for r in steps if r.get("skipped")] + [
+        (e["step"], "#e8a33d") for e in events if e["event"] == "restart"
+    ]
     body = [f"<h1>{escape(folder.resolve().name)}</h1><p class='sub'>{escape(str(said.get('command', '')))}</p>"]
     body.append(_summary(steps, results))
     if results:
-        kinds = [{"questions": k, "asked": v["count"], "right": f"{v['score']:.1%}"} for k, v in results["kinds"].items()]
+        kinds = [
+            {"questions": k, "asked": v["count"], "right": f"{v['score']:.1%}"} for k, v in results["kinds"].items()
+        ]
         body.append("<h2>Evaluation</h2>" + table(kinds, ("questions", "asked", "right")))
     if samples:
         last = max(s.get("step", 0) for s in samples)
         body.append(f"<h2>Answers after step {last}</h2><div class='grid'>"
                     + "".join(sample(s, folder) for s in samples if s.get("step", 0) == last) + "</div>")
     if steps:
-        body.append("<h2>Curves</h2><p class='soft'>Red: updates that were skipped. Amber: restarts.</p><div class='grid wide'>"
-                    + "".join(_curves(steps, samples, marks)) + "</div><h2>Time</h2>" + split(steps))
+        body.append(
+            "<h2>Curves</h2><p class='soft'>Red: updates that were skipped. Amber: restarts.</p><div class='grid wide'>"
+            + "".join(_curves(steps, samples, marks))
+            + "</div><h2>Time</h2>"
+            + split(steps)
+        )
     if compiled := [e for e in events if e["event"] == "compile"]:
         body.append("<h2>Compiled graphs</h2>" + table(compiled, ("seconds", "cached", "signature")))
     if bad:
-        body.append(f"<h2>Samples that could not be used ({len(bad)})</h2>" + table(bad[:50], ("batch", "index", "reason")))
+        body.append(f"<h2>Samples that could not be used: {len(bad)}</h2>" + table(bad[:50], ("batch", "index", "reason")))
     other = [e for e in events if e["event"] not in ("compile", "restart")]
     body.append("<h2>Events</h2>" + table(other, ("event", "step", "reason", "ids")) if other else "")
     body.append(f"<h2>Settings</h2><details><summary>flags, versions, machine</summary><pre>{escape(json.dumps(said, indent=2))}</pre></details>")
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>{escape(folder.resolve().name)}</title><style>{STYLE}</style><main>{''.join(body)}</main></html>")
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+    title = f"<title>{escape(folder.resolve().name)}</title>"
+    return f'<!doctype html><html lang="en">{head}{title}<style>{STYLE}</style><main>{"".join(body)}</main></html>'
 
 
 def _summary(steps: Sequence[dict], results: dict | None) -> str:
-    cards = [figure(f"{results['overall']['score']:.1%}", f"of {results['overall']['count']} held-out questions")] if results else []
+    cards = (
+        [figure(f"{results['overall']['score']:.1%}", f"of {results['overall']['count']} held-out questions")]
+        if results
+        else []
+    )
     if steps:
         last, some = steps[-1], sorted(r["tokens_per_s"] for r in steps)
         loss = "not finite" if last.get("loss") is None else f"{last['loss']:.4f}"
-        cards += [figure(str(last["step"]), "updates"), figure(loss, "loss"), figure(f"{some[len(some) // 2]:,.0f}", "tokens a second"),
-                  figure(f"{max(r['mem']['peak_rss'] for r in steps) / 2**30:.2f} GiB", "most memory"),
-                  figure(f"{sum(r.get('skipped', 0) for r in steps)}", "updates skipped")]
+        cards += [
+            figure(str(last["step"]), "updates"),
+            figure(loss, "loss"),
+            figure(f"{some[len(some) // 2]:,.0f}", "tokens a second"),
+            figure(f"{max(r['mem']['peak_rss'] for r in steps) / 2**30:.2f} GiB", "most memory"),
+            figure(f"{sum(r.get('skipped', 0) for r in steps)}", "updates skipped"),
+        ]
     return f'<div class="grid">{"".join(cards)}</div>'
 
 
@@ -160,9 +194,14 @@ def _curves(steps: Sequence[dict], samples: Sequence[dict], marks: Sequence[tupl
     right = [(k, math.fsum(v) / len(v)) for k, v in sorted(by_step.items())]
     rate = [(r["step"], r["lr"]) for r in steps if r.get("lr")]
     mem = [(r["step"], r["mem"]["rss"] / 2**30) for r in steps if "mem" in r]
-    return [curve("loss", of("loss"), marks, log=min((y for _, y in of("loss")), default=0) > 0), curve("gradient norm", of("grad_norm"), marks),
-            curve("learning rate", rate), curve("sampled answers right", right) if len(right) > 1 else "",
-            curve("tokens a second", of("tokens_per_s")), curve("memory, GiB", mem)]
+    return [
+        curve("loss", of("loss"), marks, log=min((y for _, y in of("loss")), default=0) > 0),
+        curve("gradient norm", of("grad_norm"), marks),
+        curve("learning rate", rate),
+        curve("sampled answers right", right) if len(right) > 1 else "",
+        curve("tokens a second", of("tokens_per_s")),
+        curve("memory, GiB", mem),
+    ]
 
 
 def write(folder: Path) -> Path:

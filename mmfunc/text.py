@@ -86,7 +86,9 @@ def load(folder: Path) -> Text:
     """The tokenizer of a model folder: tokenizer.json, and the template and special tokens beside it."""
     folder = Path(folder)
     if not (folder / "tokenizer.json").exists():
-        raise FileNotFoundError(f"{folder} has no tokenizer.json; save the tokenizer once with transformers' save_pretrained")
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.json; save the tokenizer once with transformers' save_pretrained"
+        )
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     said = _json(folder / "tokenizer_config.json")
     plain = _json(folder / "special_tokens_map.json") | {k: v for k, v in said.items() if k.endswith("_token") and v}
@@ -138,8 +140,10 @@ def pieces(t: Text, messages: Sequence[dict]) -> list[tuple[str, bool]]:
         before = render(t, messages[:i], generate=True)
         after = (whole if i + 1 == len(messages) else render(t, messages[: i + 1])).rstrip()
         if not (whole.startswith(before) and whole.startswith(after) and len(before) <= len(after)):
-            raise ValueError("the chat template changes earlier turns as a conversation goes on, so that answers cannot be told "
-                             "apart; give it {% generation %} blocks")
+            raise ValueError(
+                "the chat template changes earlier turns as a conversation goes on, so that answers cannot be told "
+                "apart; give it {% generation %} blocks"
+            )
         out += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
         at = len(after)
     return [*out, (whole[at:], False)]
@@ -170,8 +174,13 @@ WORD = r" ?[A-Za-z]+|[0-9]|\n| ?[^\sA-Za-z0-9]"
 
 
 def write_words(folder: Path, texts: Sequence[str]) -> None:
-    """A tokenizer folder for models trained from scratch: the words of texts, single digits, Qwen's special tokens, ChatML."""
-    found = [w for t in (*texts, CHATML, "\nsystem\nuser\nassistant") for w in re.findall(WORD, re.sub(r"<\|.*?\|>|{.*?}", "\n", t))]
+    """A tokenizer folder for models trained from scratch: the words of texts, single digits, Qwen's special tokens,
+    ChatML."""
+    found = [
+        w
+        for t in (*texts, CHATML, "\nsystem\nuser\nassistant")
+        for w in re.findall(WORD, re.sub(r"<\|.*?\|>|{.*?}", "\n", t))
+    ]
     names = list(dict.fromkeys(["<unk>", "\n", *"0123456789", *found]))
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "isolated")

@@ -110,7 +110,9 @@ def select(tree: Tree, where: str | Callable[[str], bool]) -> Tree:
     names = flatten(tree)
     found = {k: v for k, v in names.items() if match(k)}
     if not found:
-        raise ValueError(f"the rule {where!r} matches none of the {len(names)} parameters, such as {', '.join(list(names)[:3])}")
+        raise ValueError(
+            f"the rule {where!r} matches none of the {len(names)} parameters, such as {', '.join(list(names)[:3])}"
+        )
     return unflatten(found, tree)
 
 

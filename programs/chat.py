@@ -7,6 +7,7 @@ Without a question, and on a terminal, it asks for them line by line and remembe
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,9 @@ class Args:
 
 
 def main(a: Args) -> None:
-    m = answer.load(a.model, adapter=a.adapter, dtype=torch.bfloat16 if a.dtype == "bf16" else torch.float32, backend=a.backend)
+    m = answer.load(
+        a.model, adapter=a.adapter, dtype=torch.bfloat16 if a.dtype == "bf16" else torch.float32, backend=a.backend
+    )
     how = generate.Sampling(a.temperature, a.top_k, a.top_p, a.repetition)
     videos = [a.video] if a.video else []
     if a.question is None and not sys.stdin.isatty():
@@ -43,8 +46,7 @@ def main(a: Args) -> None:
     while (said := a.question or input("> ")).strip():
         places = "" if messages else "<image>" * len(a.image) + "<video>" * len(videos)
         messages.append({"role": "user", "content": places + said})
-        told: list[int] = []
-        tell = lambda tokens: (told.extend(tokens), stream(m, told))[1]
+        tell = partial(stream, m, [])
         reply = answer.ask(m, [(messages, a.image, videos)], new=a.new, how=how, key=random.key(a.seed), tell=tell)[0]
         print("\r" + reply, flush=True)
         messages.append({"role": "assistant", "content": reply})
@@ -52,8 +54,9 @@ def main(a: Args) -> None:
             return
 
 
-def stream(m: answer.Model, told: list[int]) -> None:
+def stream(m: answer.Model, told: list[int], tokens: list[int]) -> None:
     """Show what has been said so far, on a terminal."""
+    told += tokens
     if sys.stdout.isatty():
         print("\r" + answer.text.decode(m.processor.text, told).splitlines()[-1], end="", flush=True)
 

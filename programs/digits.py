@@ -111,8 +111,9 @@ def model(a: Args, folder: Path) -> None:
     token = text.load(folder).tokenizer.token_to_id
     patches = media.Patches(patch=a.side // 4, least=(a.side // 2) ** 2, most=(a.side * 2) ** 2)
     processor.write(folder, patches)
-    decoder = qwen2.Config(width=64, hidden=160, heads=4, kv_heads=2, layers=2, vocab=64, theta=1e4, tied=True, tokens=512,
-                           init=0.5)
+    decoder = qwen2.Config(
+        width=64, hidden=160, heads=4, kv_heads=2, layers=2, vocab=64, theta=1e4, tied=True, tokens=512, init=0.5
+    )
     c = qwen2vl.Config(decoder, width=64, hidden=128, heads=4, layers=3, patch=patches.patch, window=a.side, full=(2,),
                        sections=(2, 3, 3), image_token=token("<|image_pad|>"), video_token=token("<|video_pad|>"),
                        start_token=token("<|vision_start|>"), end_token=token("<|vision_end|>"))

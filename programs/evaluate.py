@@ -2,8 +2,8 @@
 
     python programs/evaluate.py --model runs/sft/export --data questions.jsonl --out runs/sft/evaluation --metric anls
 
-Questions are records (messages whose last turn is the truth, or question and answer(s), options, kind). Writes rows.jsonl, a row
-a question, results.json and report.html; OUT may be the folder of the run.
+Questions are records (messages whose last turn is the truth, or question and answer(s), options, kind). Writes
+rows.jsonl, a row a question, results.json and report.html; OUT may be the folder of the run.
 """
 
 import json
@@ -34,7 +34,9 @@ class Args:
 
 
 def main(a: Args) -> None:
-    m = answer.load(a.model, adapter=a.adapter, dtype=torch.bfloat16 if a.dtype == "bf16" else torch.float32, backend=a.backend)
+    m = answer.load(
+        a.model, adapter=a.adapter, dtype=torch.bfloat16 if a.dtype == "bf16" else torch.float32, backend=a.backend
+    )
     asked = records.open(a.data, a.media)
     which = range(len(asked))[: a.limit or None]
     rows = answer.examine(m, asked, which, metric=a.metric, new=a.new, batch=a.batch)

@@ -3,8 +3,8 @@
     python programs/train.py --model Qwen2.5-VL-7B/ --data sft.jsonl --out runs/sft --train '^blocks' --lr 1e-5
     python programs/train.py --model Qwen2.5-VL-7B/ --data sft.jsonl --out runs/lora --lora.rank 16
 
-The same command again goes on from the newest checkpoint. Exit codes: 0 done, 3 bad input, 4 five updates in a row were not
-finite, 75 stopped by SIGTERM after saving.
+The same command again goes on from the newest checkpoint. Exit codes: 0 done, 3 bad input, 4 five updates in a row
+were not finite, 75 stopped by SIGTERM after saving.
 """
 
 import json
@@ -84,7 +84,7 @@ def start(a: Args) -> tuple[Any, Any, dict, optim.Transform]:
 def batches(a: Args, family: Any, c: Any) -> data.Batches:
     pr = processor.load(a.model)
     encode = lambda r: processor.encode(pr, r.messages, r.images, r.videos)
-    prepare = lambda batch, patches: family.prepare(c, batch, patches=patches, row=min(a.rows.attention, patches))
+    prepare = lambda batch, patches: family.prepare(c, batch, patches=patches, row=min(a.rows.attention, patches or a.rows.attention))
     plan = data.Plan(a.batch, a.rows.tokens, a.rows.patches, a.accumulate, a.rows.pack, a.seed, a.rows.long)
     return data.Batches(records.open(a.data, a.media), encode, prepare, plan, pr.text.pad)
 
@@ -111,12 +111,12 @@ def main(a: Args) -> int:
             watch(number, facts)
             with log.time("compute"):
                 for batch in micro:
-                    state, report = step(state, batch)
-                report = {k: v.item() for k, v in report.items()}
-            log(number + 1, report, tokens=facts["tokens"], samples=facts["samples"])
-            if not report["finite"]:
+                    state, told = step(state, batch)
+                told = {k: v.item() for k, v in told.items()}
+            log(number + 1, told, tokens=facts["tokens"], samples=facts["samples"])
+            if not told["finite"]:
                 log.event("not finite", ids=facts["ids"])
-            if report["in_a_row"] >= 5:
+            if told["in_a_row"] >= 5:
                 print("five updates in a row were not finite; see metrics.jsonl for their samples", file=sys.stderr)
                 return 4
             if (number + 1) % a.save == 0 or number + 1 == a.steps or stopped:
@@ -142,7 +142,9 @@ def show(a: Args, family: Any, c: Any, params: tree.Tree, step: int) -> None:
     if a.questions:
         asked = records.open(a.questions)
         which = range(0, len(asked), max(len(asked) // 12, 1))[:12]
-        rows = answer.examine(answer.ready(family, c, params, processor.load(a.model)), asked, which, metric="exact", new=32, batch=12)
+        rows = answer.examine(
+            answer.ready(family, c, params, processor.load(a.model)), asked, which, metric="exact", new=32, batch=12
+        )
         with (a.out / "samples.jsonl").open("a") as f:
             f.writelines(json.dumps({"step": step, **r}) + "\n" for r in rows)
     report.write(a.out)

@@ -1,4 +1,5 @@
-"""The public implementations at tiny size, their weights drawn anew, and inputs that are hard: odd grids, padding, videos.
+"""The public implementations at tiny size, their weights drawn anew, and inputs that are hard: odd grids, padding,
+videos.
 
 Published initialisations are zero in places and hide errors, so every parameter is re-drawn.
 """
@@ -46,7 +47,9 @@ def redraw(ref: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def reference(name: str) -> torch.nn.Module:
     module, c = config(name)
     said = module.hub(c)
-    made = CONFIG_MAPPING[said["model_type"]](**{k: v for k, v in said.items() if k not in ("model_type", "architectures")})
+    made = CONFIG_MAPPING[said["model_type"]](
+        **{k: v for k, v in said.items() if k not in ("model_type", "architectures")}
+    )
     auto = AutoModelForCausalLM if module.__name__.endswith("qwen2") else AutoModelForImageTextToText
     return redraw(auto.from_config(made, attn_implementation="eager").float().eval())
 
@@ -85,8 +88,12 @@ def batch(name: str, left: bool = False) -> dict[str, Tensor]:
         rows = [words(3) + run(images[0], c.image_token) + words(4) + run(images[1], c.image_token) + words(5),
                 words(2) + run(video[0], c.video_token) + words(7) + run(images[2], c.image_token) + words(2), words(9)]
         pixels = lambda grids: torch.randn(sum(int(np.prod(x)) for x in grids), 3 * 2 * c.patch**2, generator=g)
-        extra = {"pixel_values": pixels(images), "image_grid_thw": torch.tensor(images), "pixel_values_videos": pixels(video),
-                 "video_grid_thw": torch.tensor(video)}
+        extra = {
+            "pixel_values": pixels(images),
+            "image_grid_thw": torch.tensor(images),
+            "pixel_values_videos": pixels(video),
+            "video_grid_thw": torch.tensor(video),
+        }
         extra |= {"second_per_grid_ts": torch.tensor([1.5])} if c.window else {}
     size = max(map(len, rows))
     pad = lambda r, v: [v] * (size - len(r)) + r if left else r + [v] * (size - len(r))
@@ -102,7 +109,9 @@ def hub_batch(name: str, b: dict[str, Tensor]) -> dict[str, Tensor]:
     c = config(name)[1]
     if name.startswith("qwen2:"):
         return b
-    return b | {"mm_token_type_ids": (b["input_ids"] == c.image_token).int() + 2 * (b["input_ids"] == c.video_token).int()}
+    return b | {
+        "mm_token_type_ids": (b["input_ids"] == c.image_token).int() + 2 * (b["input_ids"] == c.video_token).int()
+    }
 
 
 def prepared(name: str, b: dict[str, Tensor], **how: Any) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from references import config, ours, reference
 from safetensors.torch import save_file
 
-from mmfunc import checkpoint, hub, keys, lora, models, tree
+from mmfunc import checkpoint, keys, lora, models, tree
 from mmfunc.models import qwen2
 
 
@@ -72,7 +72,9 @@ def test_missing_and_swapped_files(tmp_path):
     for n in (1, 2, 3):
         checkpoint.save(tmp_path, n, state(n), {})
     (checkpoint.place(tmp_path, 3) / "state-0.safetensors").unlink()
-    os.replace(checkpoint.place(tmp_path, 1) / "state-0.safetensors", checkpoint.place(tmp_path, 2) / "state-0.safetensors")
+    os.replace(
+        checkpoint.place(tmp_path, 1) / "state-0.safetensors", checkpoint.place(tmp_path, 2) / "state-0.safetensors"
+    )
     with pytest.raises(ValueError, match="no checkpoint is whole: .*step-00000003.*step-00000002.*step-00000001"):
         checkpoint.restore(tmp_path, state())
 
@@ -95,7 +97,9 @@ def test_kills_lose_nothing_acknowledged(tmp_path):
         time.sleep(r.uniform(0.01, 0.12))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    assert int(told.read_text()) > 25 and not [p for p in (tmp_path / "c").glob(".tmp*") if checkpoint.restore(tmp_path / "c", state()) is None]
+    assert int(told.read_text()) > 25 and not [
+        p for p in (tmp_path / "c").glob(".tmp*") if checkpoint.restore(tmp_path / "c", state()) is None
+    ]
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
@@ -194,7 +198,10 @@ def test_a_tied_copy_must_be_equal(tmp_path):
     path, (module, c) = folder(tmp_path, "qwen2:tied")
     from safetensors.torch import load_file
     good = load_file(path / "model.safetensors")
-    for copy, fits in ((good["model.embed_tokens.weight"].clone(), True), (good["model.embed_tokens.weight"] + 1, False)):
+    for copy, fits in (
+        (good["model.embed_tokens.weight"].clone(), True),
+        (good["model.embed_tokens.weight"] + 1, False),
+    ):
         save_file(good | {"lm_head.weight": copy}, path / "model.safetensors", {"format": "pt"})
         if fits:
             models.load(path)

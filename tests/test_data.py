@@ -26,7 +26,12 @@ ROWS = [
     {"query": "what?", "response": "x", "images": ["a.png"]},
     {"instruction": "what?", "input": "", "output": "x", "image": "a.png"},
     {"question": "what?", "answer": "x", "image": "a.png"},
-    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what?"}]}, TURNS[1]]},
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what?"}]},
+            TURNS[1],
+        ]
+    },
 ]
 
 
@@ -34,7 +39,9 @@ ROWS = [
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
 def test_formats(tmp_path, row, ending):
     (tmp_path / "a.png").write_bytes(png())
-    (tmp_path / f"d.{ending}").write_text(json.dumps([row, row]) if ending == "json" else json.dumps(row) + "\n\n" + json.dumps(row))
+    (tmp_path / f"d.{ending}").write_text(
+        json.dumps([row, row]) if ending == "json" else json.dumps(row) + "\n\n" + json.dumps(row)
+    )
     found = records.open(tmp_path / f"d.{ending}")
     assert len(found) == 2 and found[1].images == [tmp_path / "a.png"]
     assert found[1].messages[-1] == TURNS[1] and [m["role"] for m in found[1].messages] == ["user", "assistant"]
@@ -45,13 +52,21 @@ def test_formats(tmp_path, row, ending):
 def test_captions_beside_media(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a red square\n")
-    assert records.open(tmp_path)[0].messages == [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a red square"}]
+    assert records.open(tmp_path)[0].messages == [
+        {"role": "user", "content": "<image>"},
+        {"role": "assistant", "content": "a red square"},
+    ]
 
 
 def test_tar_shards_are_read_in_place(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as t:
-        for name, body in (("n" * 150 + ".png", png(1)), ("n" * 150 + ".json", json.dumps(ROWS[0] | {"images": ["x.png"]}).encode()),
-                           ("../../evil.png", png(2)), ("../../evil.txt", b"a caption"), ("lonely.png", png(3))):
+        for name, body in (
+            ("n" * 150 + ".png", png(1)),
+            ("n" * 150 + ".json", json.dumps(ROWS[0] | {"images": ["x.png"]}).encode()),
+            ("../../evil.png", png(2)),
+            ("../../evil.txt", b"a caption"),
+            ("lonely.png", png(3)),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(body)
             t.addfile(info, io.BytesIO(body))
@@ -128,14 +143,18 @@ def fake(bad=(), long=()):
         return {"input_ids": torch.full((n,), i), "labels": torch.full((n,), i)}
 
     rows = records.Records(50, lambda i: (str(i), {"messages": TURNS[1:]}, None))
-    return lambda **plan: data.Batches(rows, encode, lambda b, patches: b, data.Plan(**({"batch": 4, "tokens": (8, 16)} | plan)))
+    return lambda **plan: data.Batches(
+        rows, encode, lambda b, patches: b, data.Plan(**({"batch": 4, "tokens": (8, 16)} | plan))
+    )
 
 
 def test_resuming_is_a_number_for_any_workers():
     make = fake(bad=(7,))
     whole = list(data.stream(make(), 0, 20))
     for start, workers in ((0, 2), (7, 0), (7, 1), (13, 2)):
-        for (n, micro, facts), (m, other, said) in zip(data.stream(make(), start, 20, workers), whole[start:], strict=True):
+        for (n, micro, facts), (m, other, said) in zip(
+            data.stream(make(), start, 20, workers), whole[start:], strict=True
+        ):
             assert n == m and facts == said and all(torch.equal(micro[0][k], other[0][k]) for k in other[0])
     drawn = [i for _, _, f in whole[:12] for i in f["ids"]]
     assert len(set(drawn)) >= 47  # an epoch repeats nothing but the substitute

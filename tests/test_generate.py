@@ -1,9 +1,16 @@
-"""Generation: transformers' tokens, with and without a cache, in chunks, compiled; sampling filters as transformers has them."""
+"""Generation: transformers' tokens, with and without a cache, in chunks, compiled; sampling filters as transformers
+has them."""
 
 import pytest
 import torch
 from references import batch, config, hub_batch, ours, prepared, reference
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from mmfunc import generate
 
@@ -38,7 +45,9 @@ def test_the_same_without_a_cache():
     ids, mask = b["input_ids"], b["attention_mask"]
     for i in range(24):
         place = (mask.cumsum(1) - 1).clamp(min=0)
-        token = module.forward(p, c, {"input_ids": ids, "attention_mask": mask, "position_ids": place})[:, -1].argmax(-1)
+        token = module.forward(p, c, {"input_ids": ids, "attention_mask": mask, "position_ids": place})[:, -1].argmax(
+            -1
+        )
         assert token.tolist() == [row[i] for row in found]
         ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, torch.ones_like(token)[:, None]], 1)
 
@@ -46,7 +55,14 @@ def test_the_same_without_a_cache():
 def test_filters_are_transformers():
     g = torch.Generator().manual_seed(0)
     logits, ids = torch.randn(5, 50, generator=g) * 3, torch.randint(0, 50, (5, 9), generator=g)
-    theirs = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8)])
+    theirs = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.3),
+            TemperatureLogitsWarper(0.7),
+            TopKLogitsWarper(20),
+            TopPLogitsWarper(0.8),
+        ]
+    )
     seen = torch.zeros(5, 50, dtype=torch.bool).scatter(1, ids, True)
     mine = generate.top_p(generate.top_k(generate.penalised(logits, seen, 1.3) / 0.7, 20), 0.8)
     assert torch.equal(mine, theirs(ids, logits.clone()))
@@ -59,4 +75,6 @@ def test_sampling_follows_the_distribution_and_its_key():
     a = generate.choose(logits, how, None, random.key(1))
     share = torch.bincount(a, minlength=4) / 20_000
     assert (share - torch.tensor([2.0, 1.0, 0.0, -torch.inf]).softmax(0)).abs().max() < 0.02 and share[3] == 0
-    assert torch.equal(a, generate.choose(logits, how, None, random.key(1))) and not torch.equal(a, generate.choose(logits, how, None, random.key(2)))
+    assert torch.equal(a, generate.choose(logits, how, None, random.key(1))) and not torch.equal(
+        a, generate.choose(logits, how, None, random.key(2))
+    )

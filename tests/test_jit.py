@@ -30,7 +30,9 @@ def test_a_graph_break_is_an_error_with_its_place():
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_arguments_are_read_at_each_call(backend):
     """The state is written in place and returned; the batch of one call is no constant of the next."""
-    f = jit.jit(lambda s, b: ({"n": s["n"] + b["x"].sum(), "kept": s["kept"]}, b["x"] * 2), backend=backend, donate=True)
+    f = jit.jit(
+        lambda s, b: ({"n": s["n"] + b["x"].sum(), "kept": s["kept"]}, b["x"] * 2), backend=backend, donate=True
+    )
     state = {"n": torch.zeros(()), "kept": torch.ones(2)}
     where = state["n"].data_ptr(), state["kept"]
     for i in range(3):
@@ -46,7 +48,11 @@ def test_another_shape_is_an_error_that_names_it():
         f({"a": torch.ones(4)}, 2)
     with pytest.raises(jit.CompileError, match=r"1 = 3, compiled are 1 = 2.*0-d tensor"):
         f({"a": torch.ones(3)}, 3)
-    g = jit.jit(lambda x: x + 1, backend="aot_eager", buckets=[(torch.empty(3, device="meta"),), (torch.empty(5, device="meta"),)])
+    g = jit.jit(
+        lambda x: x + 1,
+        backend="aot_eager",
+        buckets=[(torch.empty(3, device="meta"),), (torch.empty(5, device="meta"),)],
+    )
     assert g(torch.ones(5)).sum() == 10 and len(g.entries) == 1
     with pytest.raises(jit.CompileError, match="among the buckets"):
         g(torch.ones(4))
@@ -93,7 +99,9 @@ def test_lower_runs_and_allocates_nothing():
     attention = small.layers * 2 * 64 * 64 * d  # one block of 128 queries sees all keys
     assert abs(low.cost()["flops"] / (6 * 64 * (dense + attention / 64)) - 1) < 0.01
     memory = low.memory()
-    assert memory["arguments"] > 2 * tree.size(qwen2.params(small)) and memory["outputs"] >= 2 * tree.size(qwen2.params(small))
+    assert memory["arguments"] > 2 * tree.size(qwen2.params(small)) and memory["outputs"] >= 2 * tree.size(
+        qwen2.params(small)
+    )
     assert "mm" in low.text()
 
 

@@ -162,7 +162,11 @@ def test_position_rules():
     assert torch.equal(new[:, valid], ref[:, valid])
     assert torch.equal(old[:, 0], new[:, 0]) and not torch.equal(old[:, 1], new[:, 1])
     # row 1: 3 tokens of text, a video of 3 frames 3.0 positions apart and 3 x 2 tokens, then text
-    assert old[0, 1, 3:21].unique().tolist() == [3, 6, 9] and old[:, 1, 21].tolist() == [10] * 3 and new[:, 1, 21].tolist() == [6] * 3
+    assert (
+        old[0, 1, 3:21].unique().tolist() == [3, 6, 9]
+        and old[:, 1, 21].tolist() == [10] * 3
+        and new[:, 1, 21].tolist() == [6] * 3
+    )
     with pytest.raises(ValueError, match="4.51, 5.23"):
         module.prepare(c, b, rule="4.52")
 
@@ -177,7 +181,9 @@ def test_lora_starts_as_the_identity_and_bf16_is_finite(name):
     assert torch.equal(module.loss(wide, c, b), module.loss(p, c, b))
     half = tree.map(lambda t: t.bfloat16(), p)
     low, high = module.forward(half, c, b), module.forward(p, c, b)
-    assert low.isfinite().all() and (low.float() - high)[b["attention_mask"].bool()].abs().max() < 0.1 * high.abs().max()
+    assert (
+        low.isfinite().all() and (low.float() - high)[b["attention_mask"].bool()].abs().max() < 0.1 * high.abs().max()
+    )
 
 
 def test_batches_that_do_not_fit():

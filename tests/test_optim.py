@@ -11,8 +11,13 @@ from mmfunc import jit, optim, tree
 
 def params(dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
-    return {"a": [{"w": torch.randn(4, 4, generator=g).to(dtype), "b": torch.randn(4, generator=g).to(dtype)} for _ in range(3)],
-            "h": torch.randn(2, 4, generator=g).to(dtype)}
+    return {
+        "a": [
+            {"w": torch.randn(4, 4, generator=g).to(dtype), "b": torch.randn(4, generator=g).to(dtype)}
+            for _ in range(3)
+        ],
+        "h": torch.randn(2, 4, generator=g).to(dtype),
+    }
 
 
 def loss(p, x):
@@ -146,7 +151,9 @@ def test_compute_dtype_and_gradients_stay_float32():
 def test_masked_ema_and_rules():
     tx = optim.chain(optim.masked(optim.adamw(), r"^a\."), optim.scale(1e-2), optim.ema(0.5))
     state, _, _ = run(tx, params(), 3)
-    assert torch.equal(state["params"]["h"], params()["h"]) and not torch.equal(state["params"]["a"][0]["w"], params()["a"][0]["w"])
+    assert torch.equal(state["params"]["h"], params()["h"]) and not torch.equal(
+        state["params"]["a"][0]["w"], params()["a"][0]["w"]
+    )
     mean = optim.averaged(state)
     assert torch.equal(mean["h"], params()["h"]) and not torch.equal(mean["a"][0]["w"], state["params"]["a"][0]["w"])
     for bad in (optim.masked(optim.adamw(), "nowhere"), optim.decay(0.1, "nowhere")):

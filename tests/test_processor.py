@@ -18,13 +18,15 @@ CHAT = [{"role": "user", "content": "<image>which digit ?"}, {"role": "assistant
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    text.write_words(path, ["which digit ? and left ? ."])
+    text.write_words(path, ["which digit ?", "and left ?", " ."])
     processor.write(path, media.Patches(patch=8, least=16 * 16, most=64 * 64))
     return path
 
 
 def noise(shape, mode="RGB", seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*shape, 4), dtype=np.uint8), "RGBA").convert(mode)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*shape, 4), dtype=np.uint8), "RGBA").convert(
+        mode
+    )
 
 
 def test_a_sample_is_what_transformers_makes(folder):
@@ -34,7 +36,14 @@ def test_a_sample_is_what_transformers_makes(folder):
     assert said == text.render(pr.text, processor.listed(CHAT))
     count = int(s["image_grid_thw"].prod()) // 4
     assert theirs(said.replace("<|image_pad|>", "<|image_pad|>" * count))["input_ids"] == s["input_ids"].tolist()
-    assert [theirs.decode([i]) for i in s["labels"].tolist() if i >= 0] == ["1", "7", "<|im_end|>", "3", " .", "<|im_end|>"]
+    assert [theirs.decode([i]) for i in s["labels"].tolist() if i >= 0] == [
+        "1",
+        "7",
+        "<|im_end|>",
+        "3",
+        " .",
+        "<|im_end|>",
+    ]
     asked = processor.encode(pr, CHAT[:1], [noise((37, 81))], generate=True)
     said = theirs.apply_chat_template(processor.listed(CHAT[:1]), tokenize=False, add_generation_prompt=True)
     assert text.render(pr.text, processor.listed(CHAT[:1]), generate=True) == said and (asked["labels"] == -100).all()
@@ -44,7 +53,11 @@ def test_a_sample_is_what_transformers_makes(folder):
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "LA"])
 @pytest.mark.parametrize("shape", [(37, 81), (200, 170), (9, 1300), (3, 3)])
 def test_patches_equal_to_the_bit(mode, shape):
-    for said in ({}, {"patch_size": 8, "min_pixels": 256, "max_pixels": 4096}, {"merge_size": 1, "temporal_patch_size": 1}):
+    for said in (
+        {},
+        {"patch_size": 8, "min_pixels": 256, "max_pixels": 4096},
+        {"merge_size": 1, "temporal_patch_size": 1},
+    ):
         theirs = Qwen2VLImageProcessorPil(**said)(noise(shape, mode), return_tensors="pt")
         mine, grid = media.patches(media.image(noise(shape, mode)), processor._patches(media.Patches(), said))
         assert torch.equal(mine, theirs["pixel_values"]) and theirs["image_grid_thw"].tolist() == [grid]
@@ -71,13 +84,26 @@ def test_generation_blocks_mark_the_answers(folder):
     t = text.load(folder)
     t = text.Text(t.tokenizer, text.compile_template(TEMPLATES[2]), t.special, t.stops)
     assert [p for p, said in text.pieces(t, CHAT) if said] == ["17<|im_end|>", "3 .<|im_end|>"]
-    changing = text.Text(t.tokenizer, text.compile_template("{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"), {}, ())
+    changing = text.Text(
+        t.tokenizer,
+        text.compile_template("{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"),
+        {},
+        (),
+    )
     with pytest.raises(ValueError, match="changes earlier turns"):
         text.pieces(changing, CHAT)
 
 
-@pytest.mark.parametrize("template", ["{{ messages.__class__.__mro__ }}", "{{ ''.__class__ }}", "{% for i in range(10**12) %}x{% endfor %}",
-                                      "{{ messages.append(1) }}", "{{ raise_exception('no') }}", "{{ cycler.__init__.__globals__.os }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{% for i in range(10**12) %}x{% endfor %}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('no') }}",
+        "{{ cycler.__init__.__globals__.os }}",
+    ],
+)
 def test_hostile_templates_are_refused(folder, template):
     t = text.load(folder)
     t = text.Text(t.tokenizer, text.compile_template(template), t.special, t.stops)
@@ -96,8 +122,12 @@ def bomb(side):
 def test_bad_pictures(tmp_path):
     good = tmp_path / "a.png"
     noise((64, 64)).save(good)
-    for name, body, said in (("t.png", good.read_bytes()[:3000], "cannot be decoded"), ("h.jpg", b"<html>404</html>", "no image: it starts with b'<html>"),
-                             ("b.png", bomb(30_000), "30000 x 30000 pixels"), ("e.png", b"", "no image")):
+    for name, body, said in (
+        ("t.png", good.read_bytes()[:3000], "cannot be decoded"),
+        ("h.jpg", b"<html>404</html>", "no image: it starts with b'<html>"),
+        ("b.png", bomb(30_000), "900000000 pixels"),
+        ("e.png", b"", "no image"),
+    ):
         (tmp_path / name).write_bytes(body)
         with pytest.raises(media.BadMedia, match=f"(?s){name}.*{said}"):
             media.image(tmp_path / name)
@@ -116,7 +146,9 @@ def test_videos(tmp_path, folder):
     late, _ = media.video(tmp_path / "v.mp4", fps=4, start=1.0)
     assert round(late[0].float().mean().item() / 10) == 8
     pr = processor.load(folder)
-    s = processor.encode(pr, [{"role": "user", "content": "<video>which ?"}], videos=[tmp_path / "v.mp4"], generate=True)
+    s = processor.encode(
+        pr, [{"role": "user", "content": "<video>which ?"}], videos=[tmp_path / "v.mp4"], generate=True
+    )
     t, h, w = s["video_grid_thw"][0].tolist()
     assert (s["input_ids"] == pr.text.tokenizer.token_to_id("<|video_pad|>")).sum() == t * h * w // 4
     assert s["second_per_grid_ts"].tolist() == [pytest.approx(2 / 1.6)]

@@ -37,8 +37,23 @@ def run(tmp_path_factory):
 
 def args(root, out, **more):
     rows = train.Rows(tokens=(28,), patches=(128,), attention=64)
-    return replace(train.Args(root / "model", root / "data" / "train.jsonl", out, scratch=True, steps=6, batch=4, lr=1e-3, warmup=2,
-                              save=1, backend="eager", workers=0, rows=rows), **more)
+    return replace(
+        train.Args(
+            root / "model",
+            root / "data" / "train.jsonl",
+            out,
+            scratch=True,
+            steps=6,
+            batch=4,
+            lr=1e-3,
+            warmup=2,
+            save=1,
+            backend="eager",
+            workers=0,
+            rows=rows,
+        ),
+        **more,
+    )
 
 
 def final(out):
@@ -123,9 +138,37 @@ def test_kills_and_sigterm_end_in_the_same_bits(run, tmp_path):
     """The program itself, killed by -9 at some time and asked to stop by SIGTERM, then run to its end."""
     root, a = run
     out = tmp_path / "a"
-    command = [sys.executable, train.__file__, "--model", str(root / "model"), "--data", str(root / "data" / "train.jsonl"), "--out",
-               str(out), "--scratch", "--steps", "6", "--batch", "4", "--lr", "1e-3", "--warmup", "2", "--save", "1", "--backend",
-               "eager", "--workers", "0", "--rows.tokens", "28", "--rows.patches", "128", "--rows.attention", "64"]
+    command = [
+        sys.executable,
+        train.__file__,
+        "--model",
+        str(root / "model"),
+        "--data",
+        str(root / "data" / "train.jsonl"),
+        "--out",
+        str(out),
+        "--scratch",
+        "--steps",
+        "6",
+        "--batch",
+        "4",
+        "--lr",
+        "1e-3",
+        "--warmup",
+        "2",
+        "--save",
+        "1",
+        "--backend",
+        "eager",
+        "--workers",
+        "0",
+        "--rows.tokens",
+        "28",
+        "--rows.patches",
+        "128",
+        "--rows.attention",
+        "64",
+    ]
     for how in (signal.SIGKILL, signal.SIGTERM):
         was = len(checkpoint.steps(out / "checkpoints"))
         p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -170,15 +213,32 @@ def theirs(folder, image, question):
     said = said.replace("<|image_pad|>", "<|image_pad|>" * (int(seen["image_grid_thw"].prod()) // 4))
     ids = t(said, return_tensors="pt")
     kinds = (ids["input_ids"] == model.config.image_token_id).int()
-    out = model.generate(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], mm_token_type_ids=kinds, **seen,
-                         max_new_tokens=4, do_sample=False)
+    out = model.generate(
+        input_ids=ids["input_ids"],
+        attention_mask=ids["attention_mask"],
+        mm_token_type_ids=kinds,
+        **seen,
+        max_new_tokens=4,
+        do_sample=False,
+    )
     return t.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True).strip()
 
 
 def test_the_report_is_one_safe_page(run):
     root, a = run
-    (a.out / "samples.jsonl").write_text(json.dumps({"step": 6, "question": "<script>alert(1)</script>", "answer": "<img src=x>",
-                                                      "truth": ["&"], "score": 0.0, "images": ["/none.png"]}) + "\n")
+    (a.out / "samples.jsonl").write_text(
+        json.dumps(
+            {
+                "step": 6,
+                "question": "<script>alert(1)</script>",
+                "answer": "<img src=x>",
+                "truth": ["&"],
+                "score": 0.0,
+                "images": ["/none.png"],
+            }
+        )
+        + "\n"
+    )
     from mmfunc import report
     page = report.write(a.out).read_text()
     assert "<script" not in page and "<img src=x" not in page and "http" not in page.split("<main>")[0]

@@ -51,7 +51,11 @@ def functions(file: Path) -> list[ast.FunctionDef]:
 def code_lines(node: ast.FunctionDef, source: list[str]) -> int:
     """Lines of a function without blanks, comments and its docstring."""
     body = node.body
-    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+    if (
+        isinstance(body[0], ast.Expr)
+        and isinstance(body[0].value, ast.Constant)
+        and isinstance(body[0].value.value, str)
+    ):
         body = body[1:]
     lines = source[body[0].lineno - 1 : node.end_lineno] if body else []
     return 1 + sum(bool(s.strip()) and not s.strip().startswith("#") for s in lines)
@@ -88,7 +92,7 @@ def test_no_import_cycle():
 @pytest.mark.parametrize("file", FAMILIES, ids=lambda f: f.stem)
 def test_a_family_is_one_small_file_that_knows_no_machine(file):
     text = file.read_text()
-    assert len(text.splitlines()) <= 220
+    assert sum(bool(line.strip()) for line in text.splitlines()) <= 220
     code = re.sub(r'""".*?"""|#.*', "", text, flags=re.S)
     words = re.findall(r"\b(cuda|npu|cpu|tp|fsdp|dp|pp|ep|ulysses|ring|mesh|triton|inductor)\b", code)
     assert not words, f"{file.name} names a device or a mesh axis: {sorted(set(words))}"

@@ -71,14 +71,20 @@ def test_bits_depend_on_key_and_place_only():
 
 def test_compiled_bits_are_the_same():
     k = random.key(3)
-    f = torch.compile(lambda k, i: (random.uniform(random.fold_in(k, i), (1000,)), random.normal(k, (1000,))), fullgraph=True)
+    f = torch.compile(
+        lambda k, i: (random.uniform(random.fold_in(k, i), (1000,)), random.normal(k, (1000,))), fullgraph=True
+    )
     u, n = f(k, torch.tensor(5))
-    assert torch.equal(u, random.uniform(random.fold_in(k, 5), (1000,))) and torch.allclose(n, random.normal(k, (1000,)), atol=2e-6)
+    assert torch.equal(u, random.uniform(random.fold_in(k, 5), (1000,))) and torch.allclose(
+        n, random.normal(k, (1000,)), atol=2e-6
+    )
 
 
 def test_keys_differ_and_numbers_are_even():
     k = random.key(1 << 40)
-    many = torch.cat([random.split(k, 100), torch.stack([random.fold_in(k, x) for x in (0, 1, "a", "b", torch.tensor(2))])])
+    many = torch.cat(
+        [random.split(k, 100), torch.stack([random.fold_in(k, x) for x in (0, 1, "a", "b", torch.tensor(2))])]
+    )
     assert many.unique(dim=0).shape[0] == 105
     assert torch.equal(random.fold_in(k, 9), random.fold_in(k, torch.tensor(9)))
     x, u = random.normal(k, (200_000,)), random.uniform(k, (200_000,), -1, 3)

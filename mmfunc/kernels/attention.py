@@ -1,8 +1,9 @@
 """Softmax attention with masks as data: causal order, segments, and an offset into a cache.
 
-On CPU the queries are taken in blocks, so that a block of scores stays in cache and causal blocks see only the keys before
-their end: PyTorch's fused CPU kernel reaches 40 % of the GEMM peak in bf16 and does not skip masked blocks. Elsewhere it
-is PyTorch's scaled_dot_product_attention. `reference` is the definition that all of them are tested against.
+On CPU the queries are taken in blocks, so that a block of scores stays in cache and causal blocks see only the keys
+before their end: PyTorch's fused CPU kernel reaches 40 % of the GEMM peak in bf16 and does not skip masked blocks.
+Elsewhere it is PyTorch's scaled_dot_product_attention. `reference` is the definition that all of them are tested
+against.
 """
 
 from collections.abc import Callable
@@ -54,7 +55,9 @@ def blocked(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, s
     return y.permute(0, 3, 1, 2, 4).reshape(-1, size, heads, width)
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, start: Tensor | None, scale: float) -> Tensor:
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, start: Tensor | None, scale: float
+) -> Tensor:
     """PyTorch's kernel; shapes as in blocked."""
     plain = causal and segments is None and start is None and q.shape[1] == k.shape[1]
     mask = None

@@ -52,11 +52,16 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") ->
     """(family, Config, parameters) of a hub folder; dtype None keeps that of the file."""
     module, c = family(folder)
     spellings = getattr(module, "SPELLINGS", {})
-    return module, c, hub.read(folder, module.params(c), table(module, c), spellings=spellings, dtype=dtype, device=device)
+    return (
+        module,
+        c,
+        hub.read(folder, module.params(c), table(module, c), spellings=spellings, dtype=dtype, device=device),
+    )
 
 
 def export(folder: Path, module: ModuleType, c: Any, params: Tree, *, like: Path | None = None,
            dtype: torch.dtype | None = None) -> None:
-    """Write a hub folder; config.json and the tokenizer's and processor's files come from the folder `like` if given."""
+    """Write a hub folder; config.json and the tokenizer's and processor's files come from the folder `like` if
+    given."""
     said = hub.config(like) if like else module.hub(c)
     hub.write(folder, params, module.params(c), table(module, c), said, like=like, dtype=dtype)

@@ -33,7 +33,7 @@ class Config:
     channels: int = 3
     window: int = 112  # pixels; 0: no windows, layer norms and a plain MLP (Qwen2-VL)
     full: tuple[int, ...] = (7, 15, 23, 31)  # layers that see the whole frame
-    tokens_per_second: int = 2  # temporal positions of a second of video; 0: one a frame (Qwen2-VL)
+    tokens_per_second: float = 2  # temporal positions of a second of video; 0: one a frame (Qwen2-VL)
     sections: tuple[int, ...] = (16, 24, 24)  # pairs of channels that read time, row, column
     image_token: int = 151655
     video_token: int = 151656
@@ -46,8 +46,8 @@ class Config:
 
 
 _2 = Config(hidden=5120, window=0, full=(), tokens_per_second=0)
-_TINY = Config(replace(qwen2.PRESETS["tiny"], width=64, heads=4), width=32, hidden=48, heads=2, layers=3, patch=4, window=16,
-               full=(1,), sections=(2, 3, 3), image_token=150, video_token=151, start_token=148, end_token=149)
+_TINY = Config(replace(qwen2.PRESETS["tiny"], width=64, heads=4), width=32, hidden=48, heads=2, layers=3, patch=4,
+               window=16, full=(1,), sections=(2, 3, 3), image_token=150, video_token=151, start_token=148, end_token=149)
 _sizes = {n: replace(c, tokens=128000) for n, c in qwen2.PRESETS.items()}
 PRESETS = {
     "2b": replace(_2, text=replace(_sizes["2.5-1.5b"], tokens=32768)),
@@ -76,16 +76,18 @@ def prepare(c: Config, batch: dict[str, Any], *, rule: str | None = None, patche
             row: int | None = None) -> dict[str, Tensor]:
     """A hub batch as index tables, on the host: what forward reads, in shapes that depend on declared sizes only.
 
-    batch: input_ids [B, S], optional attention_mask (0 padding, else segments), pixel_values [p, C*T*p*p], image_grid_thw,
-    pixel_values_videos, video_grid_thw, second_per_grid_ts, position_ids [3, B, S], labels. patches: size of the patch
-    buffer. row: patches of an attention row, at least the largest frame's. rule: "4.51" (how released checkpoints were
-    trained) or "5.23" (of later transformers): where text goes on after an image.
+    batch: input_ids [B, S], optional attention_mask (0 padding, else segments), pixel_values [p, C*T*p*p],
+    image_grid_thw, pixel_values_videos, video_grid_thw, second_per_grid_ts, position_ids [3, B, S], labels. patches:
+    size of the patch buffer. row: patches of an attention row, at least the largest frame's. rule: "4.51" (how
+    released checkpoints were trained) or "5.23" (of later transformers): where text goes on after an image.
     """
     if rule not in (None, *RULES):
         raise ValueError(f"the position rule {rule!r} is unknown; there are {', '.join(RULES)}")
     ids = batch["input_ids"].numpy()
     if ids.size and (ids.max() >= c.text.vocab or ids.min() < 0):
-        raise ValueError(f"token {ids.max() if ids.min() >= 0 else ids.min()} is outside the vocabulary of {c.text.vocab}")
+        raise ValueError(
+            f"token {ids.max() if ids.min() >= 0 else ids.min()} is outside the vocabulary of {c.text.vocab}"
+        )
     grids = {n: np.asarray(batch[f"{n}_grid_thw"]).reshape(-1, 3) for n in ("image", "video")
              if batch.get(f"{n}_grid_thw") is not None}
     pixels = [batch[n] for n in ("pixel_values", "pixel_values_videos") if batch.get(n) is not None]
@@ -101,50 +103,27 @@ def prepare(c: Config, batch: dict[str, Any], *, rule: str | None = None, patche
     longest = int(np.unique(frames, return_counts=True)[1].max()) if count else 1
     out = {n: batch[n] for n in ("input_ids", "attention_mask", "labels", "num_items_in_batch") if n in batch}
     out |= {"patches": pixels, "spots": torch.from_numpy(np.pad(places, ((0, size - count), (0, 0)))),
-            "frames": vision.rows(frames, row or (patches or longest), size, _rows(patches, row or size))}
+            "frames": vision.rows(frames, row or (patches or longest), size, vision.enough(patches, row or size))}
     if c.window:
         side = c.window // c.patch
-        out["windows"] = vision.rows(vision.cells(frames, places, side), side**2, size, _rows(patches, side**2))
-    out |= _placed(c, ids, grids, size // c.merge**2)
+        cells = vision.cells(frames, places, side)
+        out["windows"] = vision.rows(cells, side**2, size, vision.enough(patches, side**2))
+    counts = {n: int(g.prod(-1).sum()) // c.merge**2 for n, g in grids.items()}
+    out |= vision.placed(ids, {"image": c.image_token, "video": c.video_token}, counts, size // c.merge**2)
     place = batch.get("position_ids")
     return out | {"position_ids": positions(c, batch, rule) if place is None else place}
 
 
-def _rows(patches: int | None, width: int) -> int | None:
-    """Rows in which first fit always finds room for a full buffer: every two are more than one full row."""
-    return None if patches is None else 1 if width >= patches else 2 * -(-patches // width) + 1
-
-
-def _placed(c: Config, ids: np.ndarray, grids: dict[str, np.ndarray], size: int) -> dict[str, Tensor]:
-    """seen [B, S]: whether a token is a merged feature; token [size]: where each feature goes, or -1."""
-    to, start = np.full(ids.size, -1, np.int64), 0
-    for name, token in (("image", c.image_token), ("video", c.video_token)):
-        n = int((grids[name].prod(-1) // c.merge**2).sum()) if name in grids else 0
-        where = np.flatnonzero(ids.ravel() == token)
-        if len(where) != n:
-            raise ValueError(f"the batch has {len(where)} {name} tokens for {n} {name} features")
-        to[where] = start + np.arange(n)
-        start += n
-    return {"seen": torch.from_numpy((to >= 0).reshape(ids.shape)), "token": torch.from_numpy(vision.inverse(to, size))}
-
-
 def positions(c: Config, batch: dict[str, Any], rule: str | None = None) -> Tensor:
     """Positions (time, row, column) of each token, [3, B, S]; each segment of attention_mask starts at 0."""
-    ids = batch["input_ids"].numpy()
-    types = (ids == c.image_token) + 2 * (ids == c.video_token)
-    mask = np.asarray(batch["attention_mask"]) if batch.get("attention_mask") is not None else np.ones_like(ids)
-    seconds = batch.get("second_per_grid_ts")
-    grids = {n: iter([] if batch.get(key) is None else batch[key].tolist())
-             for n, key in ((1, "image_grid_thw"), (2, "video_grid_thw"))}
-    seconds = iter(() if seconds is None else map(float, seconds))
-    out = np.ones((3, *ids.shape), np.int64)
-    for b, n in ((b, n) for b in range(len(ids)) for n in np.unique(mask[b][mask[b] > 0])):
-        own = types[b][mask[b] == n]
-        runs = own[np.flatnonzero(np.diff(own, prepend=0) * (own > 0))]
-        steps = [next(seconds, 1.0) * c.tokens_per_second if r == 2 and c.tokens_per_second else 1.0 for r in runs]
-        found = [tuple(next(grids[r])) for r in runs.tolist()]
-        out[:, b, mask[b] == n] = vision.mrope(own, found, steps, c.merge, rule=rule or RULES[0])
-    return torch.from_numpy(out)
+    ids, mask, seconds = (batch.get(n) for n in ("input_ids", "attention_mask", "second_per_grid_ts"))
+    kinds = ((ids == c.image_token) + 2 * (ids == c.video_token)).numpy()
+    names = (1, "image_grid_thw"), (2, "video_grid_thw")
+    grids = {k: batch[n].tolist() for k, n in names if batch.get(n) is not None}
+    steps = [1.0] * len(grids.get(2, ())) if seconds is None else seconds.tolist()
+    steps = {2: [s * c.tokens_per_second for s in steps]} if c.tokens_per_second else {}
+    mask = np.ones_like(kinds) if mask is None else mask.numpy()
+    return vision.positions(kinds, mask, grids, steps, c.merge, rule=rule or RULES[0])
 
 
 def look(p: Tree, c: Config, batch: dict[str, Any]) -> tuple[Tensor, Tree]:
@@ -158,15 +137,11 @@ def look(p: Tree, c: Config, batch: dict[str, Any]) -> tuple[Tensor, Tree]:
 
 
 def _see(p: Tree, c: Config, x: Tensor, ctx: Tree, table: Tree) -> Tensor:
-    norm = _norm(c)
+    norm = nn.rmsnorm if c.window else nn.layernorm
     q, k, v = nn.qkv(p["self"], norm(p["norm"], x), c.k)
     q, k = nn.rotate(q, ctx["angles"], halves=True), nn.rotate(k, ctx["angles"], halves=True)
     x = x + nn.merge(p["self"], vision.in_rows(nn.attend, q, k, v, table))
     return x + nn.mlp(p["mlp"], norm(p["norm_mlp"], x), silu if c.window else quick_gelu)
-
-
-def _norm(c: Config) -> Any:
-    return nn.rmsnorm if c.window else nn.layernorm
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -186,7 +161,8 @@ def far(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
 def place(p: Tree, c: Config, x: Tensor, ctx: Tree) -> tuple[Tensor, Tree]:
     """Merge neighbouring patches into tokens, and put them where the text has their placeholders."""
     merger = p["vision"]["merger"]
-    x = nn.mlp(merger["mlp"], _norm(c)(merger["norm"], x).unflatten(0, (-1, c.merge**2)).flatten(1), gelu)
+    norm = nn.rmsnorm if c.window else nn.layernorm
+    x = nn.mlp(merger["mlp"], norm(merger["norm"], x).unflatten(0, (-1, c.merge**2)).flatten(1), gelu)
     words = nn.embed(p["embed"], ctx["input_ids"])
     x = vision.put(x, ctx["token"], words[..., 0].numel()).view(words.shape)
     x = torch.where(ctx["seen"][..., None], x, words)
@@ -207,23 +183,19 @@ def tower(p: Tree, c: Config) -> list:
     return [*((f"vision.blocks.{i}", far if i in whole else near) for i in range(c.layers)), place]
 
 
+def read(p: Tree, c: Config, batch: dict[str, Tensor]) -> tuple[Tensor, Tree]:
+    """Tokens behind the first ones: batch has inputs_embeds [B, S, D] or input_ids, position_ids [3, B, S], start."""
+    x = qwen2.embeds(p, c.text, batch)
+    return x, said(c, batch, x)
+
+
 def features(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     return qwen2.features(p, c.text, x, ctx)
-
-
-def words(p: Tree, c: Config) -> Tensor:
-    return qwen2.words(p, c.text)
 
 
 def head(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     """Next-token logits, [B, S, V]; with a cache those of the last token, [B, 1, V]."""
     return qwen2.head(p, c.text, x, ctx)
-
-
-def read(p: Tree, c: Config, batch: dict[str, Tensor]) -> tuple[Tensor, Tree]:
-    """Tokens behind the first ones: batch has inputs_embeds [B, S, D] or input_ids, position_ids [3, B, S], start."""
-    x = qwen2.embeds(p, c.text, batch)
-    return x, said(c, batch, x)
 
 
 STACKS = (("blocks", block),)
@@ -235,13 +207,13 @@ step = nn.Chain(read, STACKS, head)  # the text half alone, for generation
 
 def loss(p: Tree, c: Config, batch: dict[str, Any]) -> Tensor:
     """Cross-entropy of labels [B, S] (-100 ignored), over num_items_in_batch targets when the batch says so."""
-    return nn.cross_entropy(trunk(p, c, batch), words(p, c), batch["labels"], batch.get("num_items_in_batch"))
+    x, count = trunk(p, c, batch), batch.get("num_items_in_batch")
+    return nn.cross_entropy(x, qwen2.words(p, c.text), batch["labels"], count)
 
 
 def cache(c: Config, rows: int, slots: int, dtype: torch.dtype = torch.float32, device: Any = None) -> dict[str, Tree]:
     """An empty static cache: by layer, k and v [rows, slots, G, K]."""
     return qwen2.cache(c.text, rows, slots, dtype, device)
-
 
 
 
@@ -262,6 +234,8 @@ SPELLINGS = {"model.visual.": "visual.", "model.language_model.": "model."}  # i
 
 HUB = {"layers": "depth", "heads": "num_heads", "channels": "in_channels", "patch": "patch_size",
        "merge": "spatial_merge_size", "frames": "temporal_patch_size"}
+TOKENS = {"image": "image_token_id", "video": "video_token_id", "start": "vision_start_token_id",
+          "end": "vision_end_token_id"}
 
 
 def config(hub: dict) -> Config:
@@ -279,10 +253,8 @@ def config(hub: dict) -> Config:
         own |= {"width": width, "hidden": int(width * v["mlp_ratio"]), "window": 0, "full": (), "tokens_per_second": 0}
     tied = hub.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     tokens = {f"{n}_token": hub[key] for n, key in TOKENS.items() if hub.get(key) is not None}
-    return Config(qwen2.config(text | {"tie_word_embeddings": tied}), sections=tuple(rope["mrope_section"]), **own, **tokens)
-
-
-TOKENS = {"image": "image_token_id", "video": "video_token_id", "start": "vision_start_token_id", "end": "vision_end_token_id"}
+    own |= {"sections": tuple(rope["mrope_section"])}
+    return Config(qwen2.config(text | {"tie_word_embeddings": tied}), **own, **tokens)
 
 
 def hub(c: Config) -> dict:
@@ -290,10 +262,14 @@ def hub(c: Config) -> dict:
     kind = "qwen2_5_vl" if c.window else "qwen2_vl"
     rope = {"rope_type": "default", "type": "mrope", "mrope_section": list(c.sections), "rope_theta": c.text.theta}
     text = qwen2.hub(c.text) | {"model_type": f"{kind}_text", "rope_parameters": rope, "rope_scaling": rope}
-    v = {theirs: getattr(c, ours) for ours, theirs in HUB.items()} | {"in_chans": c.channels, "model_type": f"{kind}_vision"}
-    v |= {"hidden_size": c.width, "intermediate_size": c.hidden, "window_size": c.window, "hidden_act": "silu",
-          "fullatt_block_indexes": list(c.full), "tokens_per_second": c.tokens_per_second, "out_hidden_size": c.text.width,
-          } if c.window else {"embed_dim": c.width, "hidden_size": c.text.width, "mlp_ratio": c.hidden // c.width}
+    v = {theirs: getattr(c, ours) for ours, theirs in HUB.items()}
+    v |= {"in_chans": c.channels, "model_type": f"{kind}_vision"}
+    if c.window:
+        v |= {"hidden_size": c.width, "intermediate_size": c.hidden, "window_size": c.window, "hidden_act": "silu",
+              "fullatt_block_indexes": list(c.full), "tokens_per_second": c.tokens_per_second,
+              "out_hidden_size": c.text.width}
+    else:
+        v |= {"embed_dim": c.width, "hidden_size": c.text.width, "mlp_ratio": c.hidden // c.width}
     return {"model_type": kind, "architectures": [f"Qwen2{'_5_' if c.window else ''}VLForConditionalGeneration"],
             "text_config": text, "vision_config": v, "tie_word_embeddings": c.text.tied,
             } | {key: getattr(c, f"{n}_token") for n, key in TOKENS.items()}

@@ -16,8 +16,12 @@ def Attention(d: int, heads: int, k: int, *, kv_heads: int | None = None, bias: 
     q, c = heads * k, (kv_heads or heads) * k
     norms = {"head": {"norm": {"q": RMSNorm(k), "k": RMSNorm(k)}},
              "span": {"span": {"q": RMSNorm(q, "heads"), "k": RMSNorm(c, "heads")}}}.get(norm, {})
-    return norms | {"q": Linear(d, q, "embed -> heads", bias=bias), "k": Linear(d, c, "embed -> heads", bias=bias),
-                    "v": Linear(d, c, "embed -> heads", bias=bias), "out": Linear(q, d, "heads -> embed", bias=out_bias)}
+    return norms | {
+        "q": Linear(d, q, "embed -> heads", bias=bias),
+        "k": Linear(d, c, "embed -> heads", bias=bias),
+        "v": Linear(d, c, "embed -> heads", bias=bias),
+        "out": Linear(q, d, "heads -> embed", bias=out_bias),
+    }
 
 
 def _heads(p: Tree, name: str, x: Tensor, k: int) -> Tensor:

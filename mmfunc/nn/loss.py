@@ -51,8 +51,11 @@ class _Loss(torch.autograd.Function):
         return (dx * g).to(dx.dtype) if len(dx) else None, (dw * g).to(dw.dtype) if len(dw) else None, None, None
 
 
-def cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None = None, chunk: int = 512) -> Tensor:
-    """Cross-entropy of logits x @ weight.T against the next labels, divided by num_items or by their number (0-d, float32).
+def cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | None = None, chunk: int = 512
+) -> Tensor:
+    """Cross-entropy of logits x @ weight.T against the next labels, divided by num_items or by their number (0-d,
+    float32).
 
     x [B, S, D], weight [V, D], labels [B, S] as given to the model: -100 is ignored, the shift happens here.
     """

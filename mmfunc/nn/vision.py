@@ -1,4 +1,5 @@
-"""Images of any size as one packed buffer of patches: index tables made on the host, and how features are moved by them.
+"""Images of any size as one packed buffer of patches: index tables made on the host, and how features are moved by
+them.
 
 Patches lie in one buffer [P, ...]. Who attends to whom is a segment id for each patch; segments are packed into rows of
 one width, so that attention costs rows x width^2 and shapes depend on declared sizes only, whatever the images are.
@@ -49,11 +50,16 @@ def cells(frames: np.ndarray, places: np.ndarray, side: int) -> np.ndarray:
     return np.unique(key, axis=0, return_inverse=True)[1].reshape(-1) if len(key) else frames
 
 
+def enough(size: int | None, width: int) -> int | None:
+    """Rows in which first fit always finds room for a full buffer: every two together hold more than one full row."""
+    return None if size is None else 1 if width >= size else 2 * -(-size // width) + 1
+
+
 def rows(segments: np.ndarray, width: int, size: int, count: int | None = None) -> dict[str, Tensor]:
     """Pack segments [p] of patches, first fit, into rows of a width for a buffer of `size` patches.
 
-    Gives "patch" [R * width] (of each slot, or -1), "segments" [R, width] (0: empty) and "slot" [size] (of each patch, or -1).
-    With count None, R is what is needed.
+    Gives "patch" [R * width] (of each slot, or -1), "segments" [R, width] (0: empty) and "slot" [size] (of each
+    patch, or -1). With count None, R is what is needed.
     """
     number, sizes = np.unique(segments, return_counts=True)
     order = np.argsort(segments, kind="stable")
@@ -91,8 +97,9 @@ def mrope(types: np.ndarray, grids: list[tuple[int, int, int]], steps: list[floa
           rule: str) -> np.ndarray:
     """Positions (time, row, column) of one sample's tokens, int64 [3, S].
 
-    types [S]: 0 text, else vision. grids and steps: of each run of vision tokens in turn, its patch grid and the distance
-    of its frames. Rule "4.51": text after a run goes on behind its largest position; "5.23": behind its larger side only.
+    types [S]: 0 text, else vision. grids and steps: of each run of vision tokens in turn, its patch grid and the
+    distance of its frames. Rule "4.51": text after a run goes on behind its largest position; "5.23": behind its
+    larger side only.
     """
     edges = np.flatnonzero(np.diff(types)) + 1
     parts, at, seen = [], 0, iter(zip(grids, steps))
@@ -110,3 +117,36 @@ def mrope(types: np.ndarray, grids: list[tuple[int, int, int]], steps: list[floa
         parts.append(run + at)
         at += max(h, w) if rule == "5.23" else int(run.max()) + 1
     return np.concatenate(parts, 1)
+
+
+def placed(ids: np.ndarray, tokens: dict[str, int], counts: dict[str, int], size: int) -> dict[str, Tensor]:
+    """Where merged features go: seen [B, S], whether a token is one; token [size], where each feature goes, or -1.
+
+    tokens: the placeholder of each kind; counts: features of each kind, which lie one kind after the other.
+    """
+    to, start = np.full(ids.size, -1, np.int64), 0
+    for name, token in tokens.items():
+        where, n = np.flatnonzero(ids.ravel() == token), counts.get(name, 0)
+        if len(where) != n:
+            raise ValueError(f"the batch has {len(where)} {name} tokens for {n} {name} features")
+        to[where] = start + np.arange(n)
+        start += n
+    return {"seen": torch.from_numpy((to >= 0).reshape(ids.shape)), "token": torch.from_numpy(inverse(to, size))}
+
+
+def positions(kinds: np.ndarray, mask: np.ndarray, grids: dict[int, list], steps: dict[int, list], merge: int, *,
+              rule: str) -> Tensor:
+    """Positions (time, row, column) of tokens, int64 [3, B, S]; each segment of mask [B, S] starts at 0.
+
+    kinds [B, S]: 0 text, else the kind of a vision token. grids, steps: for each kind, in the order of the batch, patch
+    grids and distances of frames (1 where none is given).
+    """
+    grids, steps = ({k: iter(v) for k, v in d.items()} for d in (grids, steps))
+    out = np.ones((3, *kinds.shape), np.int64)
+    segments = [(b, n) for b, row in enumerate(mask) for n in np.unique(row[row > 0])]
+    for b, n in segments:
+        own = kinds[b][mask[b] == n]
+        runs = own[np.flatnonzero(np.diff(own, prepend=0) * (own > 0))].tolist()
+        found = [(tuple(next(grids[r])), next(steps[r], 1.0) if r in steps else 1.0) for r in runs]
+        out[:, b, mask[b] == n] = mrope(own, [g for g, _ in found], [d for _, d in found], merge, rule=rule)
+    return torch.from_numpy(out)
