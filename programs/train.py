@@ -84,7 +84,8 @@ def start(a: Args) -> tuple[Any, Any, dict, optim.Transform]:
 def batches(a: Args, family: Any, c: Any) -> data.Batches:
     pr = processor.load(a.model)
     encode = lambda r: processor.encode(pr, r.messages, r.images, r.videos)
-    prepare = lambda batch, patches: family.prepare(c, batch, patches=patches, row=min(a.rows.attention, patches or a.rows.attention))
+    row = a.rows.attention
+    prepare = lambda batch, patches: family.prepare(c, batch, patches=patches, row=min(row, patches or row))
     plan = data.Plan(a.batch, a.rows.tokens, a.rows.patches, a.accumulate, a.rows.pack, a.seed, a.rows.long)
     return data.Batches(records.open(a.data, a.media), encode, prepare, plan, pr.text.pad)
 

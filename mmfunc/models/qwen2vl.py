@@ -47,7 +47,8 @@ class Config:
 
 _2 = Config(hidden=5120, window=0, full=(), tokens_per_second=0)
 _TINY = Config(replace(qwen2.PRESETS["tiny"], width=64, heads=4), width=32, hidden=48, heads=2, layers=3, patch=4,
-               window=16, full=(1,), sections=(2, 3, 3), image_token=150, video_token=151, start_token=148, end_token=149)
+               window=16, full=(1,), sections=(2, 3, 3), image_token=150, video_token=151, start_token=148,
+               end_token=149)
 _sizes = {n: replace(c, tokens=128000) for n, c in qwen2.PRESETS.items()}
 PRESETS = {
     "2b": replace(_2, text=replace(_sizes["2.5-1.5b"], tokens=32768)),
