@@ -6,6 +6,8 @@ RUN := runs/demo
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 export TMPDIR := $(CURDIR)/.cache/tmp
 export HF_HUB_OFFLINE := 1
+# threads that wait must not spin: beside any other process that makes a step fifty times slower
+export OMP_WAIT_POLICY := passive
 
 .PHONY: demo test clean
 .DELETE_ON_ERROR:
