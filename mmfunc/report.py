@@ -26,7 +26,7 @@ border-radius:10px;padding:12px 14px;break-inside:avoid;min-width:0}.big{font-si
 .soft{color:var(--soft);font-size:13px}svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:11px}
 img{width:100%;max-height:150px;object-fit:contain;image-rendering:pixelated;background:#000;border-radius:6px}
 .ok{color:var(--good)}.no{color:var(--bad)}.bar{display:flex;height:14px;border-radius:7px;overflow:hidden;background:var(--line)}
-.bar i{display:block}table{border-collapse:collapse;width:100%;font-size:13px}td,th{text-align:left;padding:5px 8px;
+.bar i{display:block}table{border-collapse:collapse;width:100%;font-size:13px}th{white-space:nowrap}td,th{text-align:left;padding:5px 8px;
 border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}.scroll{overflow-x:auto}
 details{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:10px 14px}summary{cursor:pointer}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:12px}@media print{body{background:#fff}.card,details{border-color:#ccc}}
@@ -136,22 +136,15 @@ def render(folder: Path) -> str:
     ]
     body = [f"<h1>{escape(folder.resolve().name)}</h1><p class='sub'>{escape(str(said.get('command', '')))}</p>"]
     body.append(_summary(steps, results))
-    if results:
-        kinds = [
-            {"questions": k, "asked": v["count"], "right": f"{v['score']:.1%}"} for k, v in results["kinds"].items()
-        ]
-        body.append("<h2>Evaluation</h2>" + table(kinds, ("questions", "asked", "right")))
+    body += _evaluation(folder, results)
     if samples:
         last = max(s.get("step", 0) for s in samples)
         body.append(f"<h2>Answers after step {last}</h2><div class='grid'>"
                     + "".join(sample(s, folder) for s in samples if s.get("step", 0) == last) + "</div>")
     if steps:
-        body.append(
-            "<h2>Curves</h2><p class='soft'>Red: updates that were skipped. Amber: restarts.</p><div class='grid wide'>"
-            + "".join(_curves(steps, samples, marks))
-            + "</div><h2>Time</h2>"
-            + split(steps)
-        )
+        said_of = "<p class='soft'>Red: updates that were skipped. Amber: restarts.</p>"
+        body.append(f"<h2>Curves</h2>{said_of}<div class='grid wide'>{''.join(_curves(steps, samples, marks))}</div>")
+        body.append("<h2>Time</h2>" + split(steps))
     if compiled := [e for e in events if e["event"] == "compile"]:
         body.append("<h2>Compiled graphs</h2>" + table(compiled, ("seconds", "cached", "signature")))
     if bad:
@@ -162,6 +155,16 @@ def render(folder: Path) -> str:
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
     title = f"<title>{escape(folder.resolve().name)}</title>"
     return f'<!doctype html><html lang="en">{head}{title}<style>{STYLE}</style><main>{"".join(body)}</main></html>'
+
+
+def _evaluation(folder: Path, results: dict | None) -> list[str]:
+    """Scores by kind of question, and some of the answers that were wrong."""
+    if not results:
+        return []
+    kinds = [{"questions": k, "asked": v["count"], "right": f"{v['score']:.1%}"} for k, v in results["kinds"].items()]
+    wrong = [r for r in read(folder / "rows.jsonl")[0] if r["score"] < 1][:12]
+    mistakes = f"<h2>Mistakes</h2><div class='grid'>{''.join(sample(r, folder) for r in wrong)}</div>" if wrong else ""
+    return ["<h2>Evaluation</h2>" + table(kinds, ("questions", "asked", "right")), mistakes]
 
 
 def _summary(steps: Sequence[dict], results: dict | None) -> str:

@@ -142,7 +142,7 @@ def show(a: Args, family: Any, c: Any, params: tree.Tree, step: int) -> None:
     """Ask twelve questions from the whole file, and rewrite the report."""
     if a.questions:
         asked = records.open(a.questions)
-        which = range(0, len(asked), max(len(asked) // 12, 1))[:12]
+        which = [data.order(0, 0, len(asked), i) for i in range(min(12, len(asked)))]
         rows = answer.examine(
             answer.ready(family, c, params, processor.load(a.model)), asked, which, metric="exact", new=32, batch=12
         )
