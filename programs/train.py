@@ -122,14 +122,14 @@ def main(a: Args) -> int:
                 return 4
             if (number + 1) % a.save == 0 or number + 1 == a.steps or stopped:
                 with log.time("checkpoint"):
-                    _save(saver, number + 1, state, meta, log)
+                    _told(partial(saver, number + 1, state, meta), log)
                     show(a, family, c, optim.full(state), number + 1)
             if stopped:
                 saver.close()
                 return 75
+        _told(saver.close, log)
         for entry in step.stats():
             log.event("compile", **entry)
-    saver.close()
     report.write(a.out)
     params = optim.full(state)
     if a.lora.rank:
@@ -151,10 +151,10 @@ def show(a: Args, family: Any, c: Any, params: tree.Tree, step: int) -> None:
     report.write(a.out)
 
 
-def _save(saver: checkpoint.Saver, step: int, state: dict, meta: dict, log: metrics.Log) -> None:
+def _told(save: Any, log: metrics.Log) -> None:
     """Training goes on when a checkpoint cannot be written; it is told, and the earlier ones are intact."""
     try:
-        saver(step, state, meta)
+        save()
     except checkpoint.SaveError as e:
         log.event("save failed", reason=str(e))
         print(e, file=sys.stderr)

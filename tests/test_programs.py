@@ -124,7 +124,7 @@ def test_a_full_disk_does_not_stop_training(run, tmp_path, monkeypatch):
     real, seen = os.fsync, []
     def sometimes(fd):
         seen.append(fd)
-        if 6 < len(seen) < 14:
+        if 6 < len(seen) < 9:
             raise OSError(28, "No space left on device")
         return real(fd)
     monkeypatch.setattr(os, "fsync", sometimes)
