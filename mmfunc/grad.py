@@ -79,7 +79,10 @@ def remat(fn: Callable, policy: Policy) -> Callable:
     def run(*args: Any) -> Any:
         if not torch.is_grad_enabled():
             return fn(*args)
-        return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        out = checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        if not torch.compiler.is_compiling():
+            lower.unmark()
+        return out
 
     return run
 

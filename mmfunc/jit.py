@@ -41,6 +41,13 @@ Mode = Literal["whole", "split", "block"]
 Backend = Literal["inductor", "eager", "aot_eager"]
 
 
+OPTIONS = {  # of the backends
+    # Inductor would move the products that give gradients to the end of a graph that holds both passes, and so keep
+    # what they are made of: with remat that is up to five times the memory
+    "inductor": {"reorder_for_locality": False},
+}
+
+
 @contextmanager
 def flags():
     """Every flag of torch that mmfunc sets, for the time of a call.
@@ -145,12 +152,13 @@ class Jitted:
             self.memo[key] = self._torch(lambda fn, *args: (self._wrap(fn) if wrap else fn)(*args), _name(fn))
         return partial(self.memo[key], fn)
 
-    def _torch(self, fn: Callable, name: str, **options: Any) -> Callable:
+    def _torch(self, fn: Callable, name: str, guards: Callable | None = None) -> Callable:
         if self.backend == "eager":
             return fn
         # compiled code is found by code object: each call of torch.compile gets one of its own
         fn = FunctionType(fn.__code__.replace(), fn.__globals__, name, None, fn.__closure__)
-        return torch.compile(fn, fullgraph=True, dynamic=False, backend=self.backend, **options)
+        options = OPTIONS.get(self.backend, {}) | ({"guard_filter_fn": guards} if guards else {})
+        return torch.compile(fn, fullgraph=True, dynamic=False, backend=self.backend, options=options)
 
     def _ambient(self) -> Any:
         if self.mode == "block":
@@ -164,7 +172,7 @@ class Jitted:
             return self._python
         body, shape = self.flattened(args)
         # the key of this entry says all that guards would check, at a tenth of their cost for 1,000 leaves
-        call = self._torch(body, _name(self.fn), options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe})
+        call = self._torch(body, _name(self.fn), torch.compiler.skip_all_guards_unsafe)
 
         def run(tensors: list[Tensor], args: tuple) -> Any:
             with self._ambient():
@@ -214,7 +222,7 @@ class Jitted:
     def lower(self, *args: Any) -> "lower.Lowered":
         """What the function does, from abstract arguments (on the meta device, or real): nothing is run."""
         with flags(), torch.no_grad(), standing_in({}, chain.whole(self._wrap)):
-            return lower.trace(partial(self.flattened, args), args, self.backend)
+            return lower.trace(partial(self.flattened, args), args, self.backend, OPTIONS.get(self.backend, {}))
 
     def stats(self) -> list[dict]:
         """For each compiled signature: its shapes, seconds of its first call, whether the cache had it."""

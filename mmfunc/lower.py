@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import flop_counter
 
 from mmfunc import tree
@@ -43,6 +44,7 @@ class Lowered:
     inputs: list[Tensor]  # fake
     shape: Callable  # (args, output tensors) -> the function's result
     backend: str
+    options: dict[str, Any]  # of the backend
 
     def text(self) -> str:
         """The graph, a line an operation with shapes and dtypes."""
@@ -93,7 +95,7 @@ class Lowered:
         if self.backend == "inductor":
             from torch._inductor.compile_fx import compile_fx
 
-            call = compile_fx(self.graph, self.inputs)
+            call = compile_fx(self.graph, self.inputs, config_patches=self.options)
 
         def run(*args: Any) -> Any:
             with torch.no_grad():
@@ -107,12 +109,18 @@ def backward():
     return traceback.annotate({"phase": "backward"})
 
 
+def unmark() -> None:
+    """Ends the marks of a remat policy, which would last to the end of the graph."""
+    for name in ("ac_graph_id", "recompute"):
+        traceback.current_meta.pop(name, None)
+
+
 def tracing() -> bool:
     """Whether operations are recorded in a graph just now."""
     return get_proxy_mode() is not None
 
 
-def trace(flattened: Callable, args: tuple, backend: str) -> Lowered:
+def trace(flattened: Callable, args: tuple, backend: str, options: dict[str, Any]) -> Lowered:
     """Record what a function does on tensors like those of args.
 
     flattened(write) gives it as a function of a list of tensors, and what shapes its results; where the function is to
@@ -120,15 +128,17 @@ def trace(flattened: Callable, args: tuple, backend: str) -> Lowered:
     """
     writes: list[tuple[Tensor, Tensor]] = []
     body, shape = flattened(lambda old, new: writes.extend(zip(tree.leaves(old), tree.leaves(new), strict=True)))
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         inputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu" if t.is_meta else t.device)
                   for _, t in named(args) if isinstance(t, Tensor)]
         with traceback.preserve_node_meta():
             graph = make_fx(partial(_functional, body, writes), tracing_mode="fake")(*inputs)
-        graph = remat_using_tags_for_fwd_loss_bwd_graph(graph)
-    graph.graph.eliminate_dead_code()
+        plain, graph = graph, remat_using_tags_for_fwd_loss_bwd_graph(graph)
+        graph.graph.eliminate_dead_code()
+        if graph is not plain:  # what is run again has results of its own
+            FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*inputs)
     _sink(graph)
-    return Lowered(graph, inputs, shape, backend)
+    return Lowered(graph, inputs, shape, backend, options)
 
 
 def _functional(body: Callable, writes: list, *tensors: Tensor) -> list[Tensor]:
