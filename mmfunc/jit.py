@@ -174,9 +174,14 @@ class Jitted:
         # the key of this entry says all that guards would check, at a tenth of their cost for 1,000 leaves
         call = self._torch(body, _name(self.fn), torch.compiler.skip_all_guards_unsafe)
 
+        first: list[list[Tensor]] = []  # dynamo forgets what it compiled when a tensor that it was traced with is freed
+
         def run(tensors: list[Tensor], args: tuple) -> Any:
+            given = _distinct(tensors)
+            if not first:
+                first.append(given)
             with self._ambient():
-                return shape(args, call(_distinct(tensors)))
+                return shape(args, call(given))
 
         return run
 

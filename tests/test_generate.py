@@ -52,6 +52,17 @@ def test_the_same_without_a_cache():
         ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, torch.ones_like(token)[:, None]], 1)
 
 
+def test_a_new_cache_compiles_nothing_again():
+    module, c = config("qwen2:tiny")
+    p, b = ours("qwen2:tiny")[0], prompts("qwen2:tiny")
+    call = generate.stepper(module.step, c, backend="aot_eager")
+    made = []
+    for _ in range(3):
+        generate.generate(module, p, c, b, new=3, call=call)
+        made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert made[0] == made[2] and len(call.entries) == 2
+
+
 def test_filters_are_transformers():
     g = torch.Generator().manual_seed(0)
     logits, ids = torch.randn(5, 50, generator=g) * 3, torch.randint(0, 50, (5, 9), generator=g)
