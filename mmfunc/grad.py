@@ -18,6 +18,28 @@ from mmfunc.tree import Tree
 Policy = Literal["nothing", "attention", "dots", "everything"]
 
 
+OLD = torch.__version__ < (2, 13)  # compiled, requires_grad_() is not allowed, and backward passes carry no mark
+_LIVE = torch.ones((), requires_grad=True)
+
+
+class _Live(torch.autograd.Function):
+    """A view of the first argument that requires grad because the second does."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, live: Tensor) -> Tensor:
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        return None, None
+
+
+def _live(t: Tensor) -> Tensor:
+    if OLD and torch.compiler.is_compiling():
+        return _Live.apply(t.detach(), _LIVE)
+    return t.detach().requires_grad_()
+
+
 def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
     """(params, *args) -> (fn's value, gradients of params), or ((value, aux), gradients); None stays None.
 
@@ -28,10 +50,10 @@ def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
     def run(params: Tree, *args: Any) -> tuple[Any, Tree]:
         flat = tree.flatten(params)
         with torch.enable_grad():
-            live = {k: t.detach().requires_grad_() for k, t in flat.items()}
+            live = {k: _live(t) for k, t in flat.items()}
             out = apart(fn, "loss")(tree.unflatten(live, params), *args)
             value, aux = out if has_aux else (out, None)
-            with nullcontext() if torch.compiler.is_compiling() else lower.backward():
+            with nullcontext() if torch.compiler.is_compiling() and not OLD else lower.backward():
                 found = torch.autograd.grad(value, list(live.values()), allow_unused=True)
         grads = {k: torch.zeros_like(t) if g is None else g for (k, t), g in zip(live.items(), found)}
         value = value.detach()

@@ -106,7 +106,7 @@ class Lowered:
 
 def backward():
     """Marks the operations of a backward pass, so that what a remat policy runs again is found in the graph."""
-    return traceback.annotate({"phase": "backward"})
+    return traceback.annotate({"phase": "backward", "remat_pass_tag": "is_backward"})  # for torch 2.13; for 2.11
 
 
 def unmark() -> None:

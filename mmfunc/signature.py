@@ -95,8 +95,10 @@ def overwrite(old: Tree, new: Tree) -> None:
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())[:4]
         raise ValueError(f"a donated state must keep its structure, but these leaves differ: {odd}")
-    moved = {id(t) for t in before.values()}
-    after = {n: t if t is before[n] or id(t) not in moved else t.clone() for n, t in after.items()}
+    tensors = dict.fromkeys(t for t in before.values() if isinstance(t, Tensor))  # by identity; a trace allows no id()
+    for n, t in after.items():
+        if isinstance(t, Tensor) and t is not before[n] and t in tensors:
+            after[n] = t.clone()  # leaves that change places
     for name, t in before.items():
         if _kind(t) != _kind(after[name]):
             raise ValueError(f"a donated state must keep its shapes and static values: {_said(name, _leaf(t))} became "
