@@ -174,14 +174,9 @@ class Jitted:
         # the key of this entry says all that guards would check, at a tenth of their cost for 1,000 leaves
         call = self._torch(body, _name(self.fn), torch.compiler.skip_all_guards_unsafe)
 
-        first: list[list[Tensor]] = []  # dynamo forgets what it compiled when a tensor that it was traced with is freed
-
         def run(tensors: list[Tensor], args: tuple) -> Any:
-            given = _distinct(tensors)
-            if not first:
-                first.append(given)
             with self._ambient():
-                return shape(args, call(given))
+                return shape(args, call(_distinct(tensors)))
 
         return run
 
@@ -211,6 +206,7 @@ class Jitted:
         return body, shape
 
     def _python(self, tensors: list[Tensor], args: tuple) -> Any:
+        given = args
         if any(t.requires_grad for t in tensors):
             args = tree.map(lambda t: t.detach() if _is(t) else t, args)
         with self._ambient():
@@ -222,7 +218,7 @@ class Jitted:
         if not self.donate:
             return out
         overwrite(args[0], out[0])
-        return (args[0], *out[1:])
+        return (given[0], *out[1:])
 
     def lower(self, *args: Any) -> "lower.Lowered":
         """What the function does, from abstract arguments (on the meta device, or real): nothing is run."""

@@ -283,10 +283,10 @@ def groups(names: list[str]) -> list[list[str]]:
     """Names by layer: what stands under one element of a list, or under one name, goes together."""
     found: dict[str, list[str]] = {}
     for name in names:
-        parts = name.split(".")[:-1]
-        while len(parts) > 1 and not parts[-1].isdigit():  # no regular expression: this is traced
-            parts.pop()
-        found.setdefault(".".join(parts) if len(parts) > 1 else name.rpartition(".")[0], []).append(name)
+        parts, last = name.split(".")[:-1], 0
+        for i, part in enumerate(parts):  # no regular expression: this is traced
+            last = i if part.isdigit() else last
+        found.setdefault(".".join(parts[: last + 1] if last else parts), []).append(name)
     return list(found.values())
 
 

@@ -95,7 +95,8 @@ def overwrite(old: Tree, new: Tree) -> None:
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())[:4]
         raise ValueError(f"a donated state must keep its structure, but these leaves differ: {odd}")
-    tensors = dict.fromkeys(t for t in before.values() if isinstance(t, Tensor))  # by identity; a trace allows no id()
+    # a dict, not a set of id(): that would tie the compiled code to the lives of the tensors it was traced with
+    tensors = dict.fromkeys(t for t in before.values() if isinstance(t, Tensor))
     for n, t in after.items():
         if isinstance(t, Tensor) and t is not before[n] and t in tensors:
             after[n] = t.clone()  # leaves that change places
