@@ -1,4 +1,5 @@
 # make demo: train, ask and evaluate a vision-language model on scanned digits.  make test: the tests.
+# make deep: tests that take minutes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 # threads that wait must not spin: beside any other process that makes a step fifty times slower
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test clean
+.PHONY: demo test deep clean
 .DELETE_ON_ERROR:
 
 $(VENV)/core: pyproject.toml
@@ -22,6 +23,7 @@ $(VENV)/core: pyproject.toml
 
 $(VENV)/test: $(VENV)/core
 	$(BIN)/python -m pip install -q --group dev --group oracle
+	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/torchvision torchvision==0.28.0
 	touch $@
 
 demo: $(VENV)/core
@@ -33,6 +35,9 @@ test: $(VENV)/test
 	mkdir -p $(TMPDIR)
 	$(BIN)/python -m pytest $(ARGS)
 
+deep: $(VENV)/test
+	mkdir -p $(TMPDIR)
+	$(BIN)/python -m pytest -m deep $(ARGS)
 
 clean:
 	rm -rf $(VENV) .cache runs build *.egg-info

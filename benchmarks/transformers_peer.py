@@ -1,11 +1,9 @@
-"""Side by side with transformers: the W1 training step and W5 decoding, same weights and batches, interleaved, one
-process.
+"""Side by side with transformers: same weights, same batches, interleaved in one process.
 
-    OMP_NUM_THREADS=2 python benchmarks/transformers_peer.py train     # W1: Qwen2.5-VL mini, bf16, frozen vision
-    tower, AdamW OMP_NUM_THREADS=2 python benchmarks/transformers_peer.py decode    # W5: Qwen2-0.5B shape, 256 tokens
-    of prompt
+    OMP_NUM_THREADS=2 python benchmarks/transformers_peer.py train compiled   # W1: Qwen2.5-VL mini, frozen tower, AdamW
+    OMP_NUM_THREADS=2 python benchmarks/transformers_peer.py decode           # W5: Qwen2-0.5B's shape, 256 tokens before
 
-Losses are checked against each other first. Prints a JSON line with medians, ratios and spreads.
+Losses and tokens are compared first. Prints a JSON line for each workload: medians, spreads, ratios, memory.
 """
 
 import json
@@ -62,6 +60,18 @@ def interleaved(calls, runs):
             call()
             times[name].append(time.perf_counter() - start)
     return times
+
+
+def temporary(call):
+    """Most bytes that one call holds at once beside what was there before it, by the allocator's own record."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+        call()
+    events = sorted((e.start_ns(), e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")
+    held = most = 0
+    for _, size in events:
+        held += size
+        most = max(most, held)
+    return most
 
 
 def show(work, times, **more):
@@ -128,9 +138,13 @@ def train(runs=5, compiled=False):
         eager(fast)
         print("transformers compiled in", round(time.perf_counter() - start, 1), "s", flush=True)
         calls["transformers_compiled"] = partial(eager, fast)
+    opt.zero_grad(set_to_none=True)
+    memory = {name: round(temporary(call) / 2**20) for name, call in calls.items()}
     show(
         "W1 train step, bf16",
         interleaved(calls, runs),
+        temporary_MiB=memory,
+        memory_over_eager=round(memory["mmfunc"] / memory["transformers_eager"], 3),
         losses={"mmfunc": ours, "transformers": theirs},
         compile_s=round(first, 1),
         gflop=round(step.lower(state, ready).cost()["flops"] / 1e9, 1),

@@ -12,16 +12,22 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mmfunc import generate
+from mmfunc import generate, nn
 
 
 def prompts(name):
+    """Four prompts of different lengths, left padded; for VLMs with images, a video, and one of text only."""
     b = {k: v for k, v in batch(name, left=True).items() if k != "labels"}
-    if name.startswith("qwen2:"):
-        four = {k: torch.cat([v, v[:1].roll(3, 1)]) for k, v in b.items()}
-        four["attention_mask"][3] = 1
-        return four
-    return b
+    c, size = config(name)[1], b["input_ids"].shape[1]
+    g = torch.Generator().manual_seed(3)
+    said = torch.randint(0, 140, (12,), generator=g)
+    if not name.startswith("qwen2:"):
+        said[3:9] = torch.tensor([c.start_token, *[c.image_token] * 4, c.end_token])
+        b["pixel_values"] = torch.cat([b["pixel_values"], torch.randn(16, 3 * 2 * c.patch**2, generator=g)])
+        b["image_grid_thw"] = torch.cat([b["image_grid_thw"], torch.tensor([[1, 8, 2]])])
+    row = torch.nn.functional.pad(said, (size - 12, 0))[None]
+    mask = (torch.arange(size) >= size - 12).long()[None]
+    return b | {"input_ids": torch.cat([b["input_ids"], row]), "attention_mask": torch.cat([b["attention_mask"], mask])}
 
 
 @pytest.mark.parametrize("name", ["qwen2:tiny", "qwen2:tied", "qwen2vl:tiny", "qwen2vl:tiny-2"])
@@ -38,18 +44,19 @@ def test_greedy_is_transformers_token_for_token(name):
     assert cut == [row[: row.index(stop) + 1] if stop in row else row for row in want]
 
 
-def test_the_same_without_a_cache():
-    module, c = config("qwen2:tiny")
-    p, b = ours("qwen2:tiny")[0], prompts("qwen2:tiny")
-    found = generate.generate(module, p, c, b, new=24)
-    ids, mask = b["input_ids"], b["attention_mask"]
+@pytest.mark.parametrize("name", ["qwen2:tiny", "qwen2vl:tiny"])
+def test_the_same_without_a_cache(name):
+    module, c = config(name)
+    p, b = ours(name)[0], prompts(name)
+    ready = prepared(name, b)
+    found = generate.generate(module, p, c, ready, new=24)
+    x, mask = module.embeds(p, c, ready), b["attention_mask"]
+    place = ready["position_ids"] if "position_ids" in ready else (mask.cumsum(1) - 1).clamp(min=0)
     for i in range(24):
-        place = (mask.cumsum(1) - 1).clamp(min=0)
-        token = module.forward(p, c, {"input_ids": ids, "attention_mask": mask, "position_ids": place})[:, -1].argmax(
-            -1
-        )
+        token = module.step(p, c, {"inputs_embeds": x, "attention_mask": mask, "position_ids": place})[:, -1].argmax(-1)
         assert token.tolist() == [row[i] for row in found]
-        ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, torch.ones_like(token)[:, None]], 1)
+        x = torch.cat([x, nn.embed(p["embed"], token[:, None])], 1)
+        mask, place = torch.nn.functional.pad(mask, (0, 1), value=1), torch.cat([place, place[..., -1:] + 1], -1)
 
 
 def test_a_new_cache_compiles_nothing_again():

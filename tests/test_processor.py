@@ -1,12 +1,16 @@
 """Text, media, processor: equal to transformers; broken and hostile input is refused by name."""
 
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from mmfunc import media, processor, text
@@ -155,6 +159,38 @@ def test_videos(tmp_path, folder):
     (tmp_path / "v2.mp4").write_bytes((tmp_path / "v.mp4").read_bytes()[:900])
     with pytest.raises(media.BadMedia, match="v2.mp4"):
         media.video(tmp_path / "v2.mp4")
+
+
+THEIRS = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+library = torch.library.Library("torchvision", "FRAGMENT")  # the wheel's own operators need CUDA; none is used here
+for name in ("nms", "qnms"):
+    library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2VLVideoProcessor
+processor = Qwen2VLVideoProcessor(do_sample_frames=False, cap_pixels_per_frame=False)
+out = {}
+for name, x in load_file(sys.argv[2]).items():
+    seen = processor(videos=[x], return_tensors="pt")
+    out |= {name: seen["pixel_values_videos"], f"{name}.grid": seen["video_grid_thw"][0]}
+save_file(out, sys.argv[3])
+"""
+
+
+def test_videos_equal_transformers(tmp_path):
+    """In a process of its own: transformers' video processor wants torchvision, whose wheel does not fit this torch."""
+    g = torch.Generator().manual_seed(0)
+    shapes = (6, 3, 113, 170), (5, 3, 40, 333), (3, 3, 700, 900), (1, 3, 57, 56)
+    videos = {str(i): torch.randint(0, 256, s, generator=g, dtype=torch.uint8) for i, s in enumerate(shapes)}
+    save_file(videos, tmp_path / "in.safetensors")
+    files = [str(tmp_path / f"{n}.safetensors") for n in ("in", "out")]
+    subprocess.run([sys.executable, "-c", THEIRS, str(Path(sys.prefix) / "torchvision"), *files], check=True)
+    theirs = load_file(files[1])
+    for name, x in videos.items():
+        mine, grid = media.clip(x, media.Patches(least=128 * 28 * 28, most=28 * 28 * 768))
+        assert grid == theirs[f"{name}.grid"].tolist() and (mine - theirs[name]).abs().max() < 1e-6
 
 
 def test_places_and_media_must_agree(folder):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random as rng
 import shutil
 import signal
 import subprocess
@@ -134,51 +135,55 @@ def test_a_full_disk_does_not_stop_training(run, tmp_path, monkeypatch):
     assert all(torch.equal(v, final(a.out)[k]) for k, v in final(tmp_path / "a").items())
 
 
+def program(root, out, steps=6):
+    """The command line of the run that args describes."""
+    said = (f"--model {root}/model --data {root}/data/train.jsonl --out {out} --scratch --steps {steps} --batch 4 --lr 1e-3 "
+            "--warmup 2 --save 1 --backend eager --workers 0 --rows.tokens 28 --rows.patches 128 --rows.attention 64")
+    return [sys.executable, train.__file__, *said.split()]
+
+
 def test_kills_and_sigterm_end_in_the_same_bits(run, tmp_path):
     """The program itself, killed by -9 at some time and asked to stop by SIGTERM, then run to its end."""
     root, a = run
     out = tmp_path / "a"
-    command = [
-        sys.executable,
-        train.__file__,
-        "--model",
-        str(root / "model"),
-        "--data",
-        str(root / "data" / "train.jsonl"),
-        "--out",
-        str(out),
-        "--scratch",
-        "--steps",
-        "6",
-        "--batch",
-        "4",
-        "--lr",
-        "1e-3",
-        "--warmup",
-        "2",
-        "--save",
-        "1",
-        "--backend",
-        "eager",
-        "--workers",
-        "0",
-        "--rows.tokens",
-        "28",
-        "--rows.patches",
-        "128",
-        "--rows.attention",
-        "64",
-    ]
     for how in (signal.SIGKILL, signal.SIGTERM):
         was = len(checkpoint.steps(out / "checkpoints"))
-        p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        p = subprocess.Popen(program(root, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until = time.time() + 60
         while len(checkpoint.steps(out / "checkpoints")) <= was and p.poll() is None and time.time() < until:
             time.sleep(0.002)
         p.send_signal(how)
         assert p.wait(60) in (-signal.SIGKILL, 75, 0)
-    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    assert subprocess.run(program(root, out), stdout=subprocess.DEVNULL).returncode == 0
     assert all(torch.equal(v, final(a.out)[k]) for k, v in final(out).items())
+
+
+@pytest.mark.deep
+def test_25_kills_lose_nothing(run, tmp_path):
+    """Killed by -9 at 25 random times, after start-up and in the midst of saving, the program ends in the same bits."""
+    root, _ = run
+    steps, r = 600, rng.Random(0)
+    assert subprocess.run(program(root, tmp_path / "whole", steps), stdout=subprocess.DEVNULL).returncode == 0
+    out, kills, told = tmp_path / "a", 0, 0
+    while kills < 25:
+        p = subprocess.Popen(program(root, out, steps), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.time() + 90
+        while not (found := checkpoint.steps(out / "checkpoints")) or found[-1] <= told:  # it has got on
+            assert p.poll() is None and time.time() < until
+            time.sleep(0.01)
+        time.sleep(r.uniform(0, 0.4))
+        p.kill()
+        assert p.wait() == -signal.SIGKILL
+        newest = checkpoint.steps(out / "checkpoints")[-1]
+        checkpoint.verify(checkpoint.place(out / "checkpoints", newest))
+        assert newest >= told
+        kills, told = kills + 1, newest
+    assert subprocess.run(program(root, out, steps), stdout=subprocess.DEVNULL).returncode == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row.get("event") == "restart" for row in rows) == 25
+    assert [row["step"] for row in rows if "event" not in row] == list(range(1, steps + 1))
+    ends = [load_file(checkpoint.place(o / "checkpoints", steps) / "state-0.safetensors") for o in (tmp_path / "whole", out)]
+    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
 
 
 def test_evaluate_convert_and_chat(run, tmp_path, capsys):
