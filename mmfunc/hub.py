@@ -1,7 +1,8 @@
 """Model folders as the Hugging Face hub has them: read by slices, written in shards, strict on both sides.
 
-config.json, model.safetensors or shards with an index, and the files of tokenizer and processor beside them. Older
-pytorch_model.bin files are read through torch.load(weights_only=True) only: nothing here can run code.
+config.json, model.safetensors (diffusers: diffusion_pytorch_model.safetensors) or shards with an index, and the files
+of tokenizer and processor beside them. Older .bin files are read through torch.load(weights_only=True) only: nothing
+here can run code.
 """
 
 import json
@@ -23,6 +24,8 @@ from mmfunc.tree import Tree
 CARRIED = ("*.jinja", "tokenizer*", "vocab.json", "merges.txt", "*preprocessor_config.json", "processor_config.json",
            "chat_template.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "LICENSE*")
 SHARD = 5_000_000_000  # bytes of a weights file
+NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin",
+         "model.pth")  # of a weights file; shards have an index beside them
 
 
 def config(folder: Path) -> dict:
@@ -44,7 +47,7 @@ def config(folder: Path) -> dict:
 def files(folder: Path) -> list[Path]:
     """The weights files of a folder."""
     folder = Path(folder)
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+    for index in (f"{n}.index.json" for n in NAMES):
         if (folder / index).exists():
             names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
             if bad := [n for n in names if Path(n).name != n]:
@@ -52,11 +55,11 @@ def files(folder: Path) -> list[Path]:
             if gone := [n for n in names if not (folder / n).exists()]:
                 raise FileNotFoundError(f"{folder / index} names {gone[0]}, which is not there")
             return [folder / n for n in names]
-    for name in ("model.safetensors", "pytorch_model.bin", "model.pth"):
+    for name in NAMES:
         if (folder / name).exists():
             return [folder / name]
     raise FileNotFoundError(
-        f"{folder} has no weights: neither model.safetensors nor an index of shards; to start from random "
+        f"{folder} has no weights: neither {' nor '.join(NAMES[:2])} nor an index of shards; to start from random "
         "weights, say so explicitly"
     )
 
@@ -123,11 +126,11 @@ def write(folder: Path, tensors: Tree, params: Tree, table: keys.Table, config: 
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         cast = {n: t.detach().to(device="cpu", dtype=dtype or t.dtype) for n, t in flat.items()}
-        _write_weights(temporary, keys.export(cast, places), shard)
+        diffusers = "_class_name" in config  # its config.json has no dtype
+        _write_weights(temporary, keys.export(cast, places), shard, "diffusion_pytorch_model" if diffusers else "model")
         kind = str(dtype or next(iter(flat.values())).dtype).removeprefix("torch.")
-        (temporary / "config.json").write_text(
-            json.dumps(config | {"dtype": kind, "torch_dtype": kind}, indent=2) + "\n"
-        )
+        said = config if diffusers else config | {"dtype": kind, "torch_dtype": kind}
+        (temporary / "config.json").write_text(json.dumps(said, indent=2) + "\n")
         for file in sorted({f for pattern in CARRIED for f in Path(like).glob(pattern)}) if like else ():
             shutil.copyfile(file, temporary / file.name)
         for file in temporary.iterdir():
@@ -142,7 +145,7 @@ def write(folder: Path, tensors: Tree, params: Tree, table: keys.Table, config: 
         raise
 
 
-def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int) -> None:
+def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int, stem: str) -> None:
     shards: list[dict[str, int]] = []
     part: dict[str, Tensor] = {}
 
@@ -157,15 +160,16 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: i
         part[name] = t
     close()
     if len(shards) == 1:
-        (folder / "part-0").rename(folder / "model.safetensors")
+        (folder / "part-0").rename(folder / f"{stem}.safetensors")
         return
     index = {}
     for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"part-{i}").rename(folder / file)
         index |= dict.fromkeys(names, file)
     total = {"total_size": sum(sum(s.values()) for s in shards)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": total, "weight_map": index}, indent=2))
+    said = {"metadata": total, "weight_map": index}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(said, indent=2))
 
 
 def sync(path: Path) -> None:

@@ -5,8 +5,10 @@ Images equal transformers' PIL-based processor to the bit. Nothing is fetched: a
 
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -144,6 +146,69 @@ def video(source: Path | bytes, *, fps: float = 2.0, least: int = 4, most: int =
     return x, len(wanted) / (total - first) * rate
 
 
+def header(source: Path | bytes, *, video: bool) -> tuple[int, int, int]:
+    """Frames (1 of a picture), rows and columns, without decoding; frames are what the container says or its length
+    times its rate."""
+    name = source if isinstance(source, (str, Path)) else f"a medium of {len(source)} bytes"
+    opened = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    try:
+        if not video:
+            with Image.open(opened) as x:
+                turned = x.getexif().get(0x0112, 1) >= 5  # on its side
+                return (1, x.width, x.height) if turned else (1, x.height, x.width)
+        with av.open(opened) as box:
+            if not box.streams.video:
+                raise BadMedia(f"{name} has no video stream")
+            s = box.streams.video[0]
+            length = float(s.duration * s.time_base) if s.duration else (box.duration or 0) / 1e6
+            return max(s.frames or round(length * float(s.average_rate or 24)), 2), s.height, s.width
+    except (av.error.FFmpegError, OSError, SyntaxError) as e:
+        raise BadMedia(f"{name} cannot be read: {e}") from None
+
+
+def _timeline(box: Any, name: Any) -> Iterator[tuple[float, Any]]:
+    """(seconds since the first frame, frame) of the frames of an open video."""
+    if not box.streams.video:
+        raise BadMedia(f"{name} has no video stream")
+    stream = box.streams.video[0]
+    if stream.width * stream.height > PIXELS:
+        raise BadMedia(f"{name} has frames of {stream.width} x {stream.height} pixels")
+    first = None
+    for i, f in enumerate(box.decode(video=0)):
+        now = i / float(stream.average_rate or 24) if f.time is None else f.time
+        first = now if first is None else first
+        yield now - first, f
+
+
+def frames(source: Path | bytes, count: int, fps: float, start: float = 0.0) -> Tensor:
+    """`count` frames uint8 [T, C, Y, X], 1/fps seconds apart from `start` (seconds) on, each the nearest by its own
+    timestamp, so that a variable frame rate keeps its pace. A video that ends before that is BadMedia."""
+    name = source if isinstance(source, (str, Path)) else f"a video of {len(source)} bytes"
+    out: list[np.ndarray] = []
+    latest: tuple[float, Any] | None = None
+    wanted = lambda: len(out) < count
+    step = lambda: start + len(out) / fps
+    try:
+        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as box:
+            for now, f in _timeline(box, name):
+                while latest and wanted() and step() <= (latest[0] + now) / 2:
+                    out.append(latest[1].to_ndarray(format="rgb24"))
+                latest = now, f
+                if not wanted():
+                    break
+            if latest is None:
+                raise BadMedia(f"{name} has no frames")
+            rate = float(box.streams.video[0].average_rate or fps)
+            while wanted() and step() <= latest[0] + 0.5 / min(rate, fps) + 1e-6:
+                out.append(latest[1].to_ndarray(format="rgb24"))
+    except (av.error.FFmpegError, OSError, IndexError) as e:
+        raise BadMedia(f"{name} cannot be decoded: {e}") from None
+    if wanted():
+        raise BadMedia(f"{name} ends after {latest[0] + 1 / rate:.2f} s; {count} frames at {fps:g} a second from "
+                       f"{start:g} s on need {start + count / fps:.2f} s")
+    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
+
+
 def sample(total: int, rate: float, *, fps: float, least: int, most: int, frames: int) -> Tensor:
     """Which of total frames (at rate a second) to take for fps a second, int32."""
     most = math.floor(min(most, total) / frames) * frames
@@ -162,9 +227,12 @@ def clip(x: Tensor, s: Patches) -> tuple[Tensor, list[int]]:
     return cut(x, s), [len(x) // s.frames, h // s.patch, w // s.patch]
 
 
-def write_video(file: Path, frames: np.ndarray, fps: int = 8) -> None:
-    """Frames uint8 [T, Y, X, 3] with even sides as an mp4."""
+def write_video(file: Path, frames: np.ndarray, fps: int = 8, comment: str = "") -> None:
+    """Frames uint8 [T, Y, X, 3] with even sides as an mp4, which may hold a comment."""
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f"a video of {frames.shape[1]} x {frames.shape[2]} pixels: an mp4 needs even sides")
     with av.open(str(file), "w") as box:
+        box.metadata["comment"] = comment
         stream = box.add_stream("libx264", rate=fps, options={"crf": "18"})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for x in frames:

@@ -1,8 +1,9 @@
 """Records of conversations and captions from the files people have, told apart by their keys and read at random.
 
 messages (OpenAI, LLaMA-Factory, ms-swift), conversations (LLaVA, ShareGPT), query/response, instruction/output
-(Alpaca), captions beside media (metadata.csv, metadata.jsonl); as .jsonl, .json, .csv, a folder, or .tar shards
-(WebDataset), which are read by an index of offsets and never unpacked.
+(Alpaca), captions beside media (metadata.csv|jsonl, Open-Sora's csv, MindSpeed-MM's data.json and data.txt,
+finetrainers' prompt.txt and videos.txt); as .jsonl, .json, .csv, .txt, a folder, or .tar shards (WebDataset), which are
+read by an index of offsets and never unpacked.
 """
 
 import csv
@@ -24,7 +25,9 @@ SUFFIXES = {
     "videos": (".mp4", ".webm", ".mkv", ".mov", ".avi"),
 }
 FORMATS = ("messages", "conversations", "query + response", "instruction + output", "question + answer",
-           "image/video/file_name + text/prompt/caption")
+           "image/video/file_name/path + text/prompt/caption/cap")
+CAPTIONS = "text", "prompt", "caption", "cap"
+LISTS = ("prompts.txt", "prompt.txt", "captions.txt"), ("videos.txt", "images.txt")  # a line each, in the same order
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def messages(row: dict) -> list[dict]:
             return [{"role": "user", "content": asked}] + (
                 [{"role": "assistant", "content": str(told)}] if told is not None else []
             )
-    said = next((row[k] for k in ("text", "prompt", "caption") if k in row), None)
+    said = next((row[k] for k in CAPTIONS if k in row), None)
+    said = said[0] if isinstance(said, list) and said else said
     kinds = [k for k in MEDIA if _named(row, k)]
     if said is None or not kinds:
         raise ValueError(
@@ -86,8 +90,9 @@ def _role(name: str) -> str:
 def _named(row: dict, kind: str) -> list:
     """Media that a row names beside its messages."""
     found = next((row[k] for k in MEDIA[kind] if row.get(k)), [])
-    if not found and str(row.get("file_name", "")).lower().endswith(SUFFIXES[kind]):
-        found = [row["file_name"]]
+    for name in ("file_name", "path"):
+        if not found and str(row.get(name, "")).lower().endswith(SUFFIXES[kind]):
+            found = [row[name]]
     return found if isinstance(found, list) else [found]
 
 
@@ -117,17 +122,20 @@ def open(path: Path, root: Path | None = None) -> Records:
         inside = [path / n for n in ("metadata.jsonl", "metadata.csv") if (path / n).exists()] or sorted(
             path.glob("*.tar")
         )
-        if not inside:
-            raise ValueError(f"{path} has neither metadata.jsonl nor metadata.csv nor *.tar")
-        out = mix([open(f, root or path) for f in inside])
+        lists = [next((path / n for n in names if (path / n).exists()), None) for names in LISTS]
+        if not inside and not all(lists):
+            raise ValueError(f"{path} has neither metadata.jsonl nor metadata.csv nor *.tar nor prompt.txt + videos.txt")
+        out = mix([open(f, root or path) for f in inside]) if inside else _paired(*lists, root or path)
     elif path.suffix == ".tar":
         out = _tar(path)
     elif path.suffix == ".jsonl":
         out = _lines(path, root or path.parent)
     elif path.suffix in (".json", ".csv"):
         out = _listed(path, root or path.parent)
+    elif path.suffix == ".txt":
+        out = mix([open(*_source(path, line)) for line in path.read_text().splitlines() if line.strip()])
     else:
-        raise ValueError(f"{path} has no known ending; records come as .jsonl, .json, .csv, .tar or a folder")
+        raise ValueError(f"{path} has no known ending; records come as .jsonl, .json, .csv, .txt, .tar or a folder")
     if not len(out):
         raise ValueError(f"{path} holds no record")
     return out
@@ -177,6 +185,23 @@ def _listed(path: Path, root: Path) -> Records:
         if not isinstance(rows, list):
             raise ValueError(f"{path} holds no list of records")
     return Records(len(rows), lambda i: (f"{path}[{i}]", rows[i], partial(media.inside, root)))
+
+
+def _paired(captions: Path, files: Path, root: Path) -> Records:
+    """finetrainers' lists: line by line a caption and a file."""
+    said, names = captions.read_text().splitlines(), files.read_text().splitlines()
+    if len(said) != len(names):
+        raise ValueError(f"{captions} has {len(said)} lines, {files} has {len(names)}; they must match line by line")
+    rows = [{"file_name": n.strip(), "text": s} for s, n in zip(said, names)]
+    return Records(len(rows), lambda i: (f"{files}:{i + 1}", rows[i], partial(media.inside, root)))
+
+
+def _source(path: Path, line: str) -> tuple[Path, Path]:
+    """(records, media root) of a line of MindSpeed-MM's data.txt: "media folder,records file"."""
+    folder, comma, rows = (part.strip() for part in line.partition(","))
+    if not comma or not rows.endswith((".json", ".jsonl", ".csv")):
+        raise ValueError(f"{path}: the line {line!r} is not 'media folder,records file'")
+    return path.parent / rows, path.parent / folder
 
 
 def _tar(path: Path) -> Records:

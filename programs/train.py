@@ -18,7 +18,9 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from mmfunc import answer, checkpoint, data, jit, lora, metrics, models, optim, processor, random, records, report, tree
+from mmfunc import checkpoint, data, jit, lora, metrics, optim, random, report, tasks, tree
+from mmfunc.tasks.language import Rows
+from mmfunc.tasks.pictures import Clips
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,22 +29,13 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Lora:
     rank: int = 0  # 0: no adapters
     alpha: float | None = None  # the path is scaled by alpha / rank; None: by 1
-    where: str = r"^blocks\..*\.(q|k|v|out|gate|up|down)$"  # rule over names of dense maps
-
-
-@dataclass(frozen=True)
-class Rows:
-    tokens: tuple[int, ...] = (1024,)  # row lengths; a micro-batch takes the shortest that fits
-    patches: tuple[int, ...] = (4096,)  # patch buffer of a micro-batch, for each row length
-    attention: int = 1024  # patches of an attention row of the vision tower; at least the largest frame's
-    pack: int = 0  # pack the samples of a micro-batch into this many rows; 0: one row each
-    long: Literal["error", "replace"] = "error"  # what a sample longer than the rows is
+    where: str | None = None  # rule over names of dense maps; None: the usual one
 
 
 @dataclass(frozen=True)
 class Args:
-    model: Path  # a hub folder: config, tokenizer, processor and (without --scratch) weights
-    data: Path  # records: jsonl, json, csv, a folder or tar shards
+    model: Path  # a hub folder: config, tokenizer, processor and (without --scratch) weights; or a diffusers pipeline's
+    data: Path  # records: jsonl, json, csv, a folder or tar shards; or a folder of features made by encode.py
     out: Path  # checkpoints/, metrics.jsonl, report.html, export/
     media: Path | None = None  # root of media paths; the data file's folder when absent
     scratch: bool = False  # start from random weights
@@ -54,6 +47,7 @@ class Args:
     warmup: int = 100
     decay: float = 0.0  # weight decay of matrices
     clip: float = 1.0  # limit of the gradient norm
+    ema: float = 0.0  # rate of a running mean of the weights, which is then shown and exported; 0: none
     save: int = 500  # updates between checkpoints
     seed: int = 0
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the computation; parameters are kept in float32
@@ -61,37 +55,28 @@ class Args:
     backend: Literal["inductor", "eager"] = "inductor"
     remat: Literal["nothing", "attention", "dots"] | None = None  # what layers keep for the backward pass; None: all
     workers: int = 1  # loader processes; batches are the same for any number
-    questions: Path | None = None  # asked at each save, for the report
+    questions: Path | None = None  # asked at each save, for the report: records, or a file of prompts to draw
     lora: Lora = field(default_factory=Lora)
-    rows: Rows = field(default_factory=Rows)
+    rows: Rows = field(default_factory=Rows)  # batches of conversations
+    clips: Clips = field(default_factory=Clips)  # batches of captioned pictures and videos
 
 
-def start(a: Args) -> tuple[Any, Any, dict, optim.Transform]:
+def start(a: Args, task: Any) -> tuple[Any, Any, dict, optim.Transform]:
     """(family, Config, training state, optimizer) before the first step."""
-    family, c = models.family(a.model)
-    declared = family.params(c)
-    params = tree.init(declared, random.key(a.seed)) if a.scratch else models.load(a.model, torch.float32)[2]
+    family, c, params = task.load(a, random.key(a.seed))
     if a.lora.rank:
-        declared = lora.LoRA(declared, a.lora.rank, a.lora.where, a.lora.alpha)
+        declared = lora.LoRA(family.params(c), a.lora.rank, a.lora.where or task.LORA, a.lora.alpha)
         params = tree.merge(params, tree.init(tree.select(declared, r"\.lora_"), random.key(a.seed)))
     trained = tree.select(params, lora.TRAINED if a.lora.rank else a.train)
     rate = optim.warmup(a.warmup, optim.cosine(a.lr, max(a.steps - a.warmup, 1), 0.01 * a.lr))
-    tx = optim.chain(optim.clip(a.clip), optim.adamw(0.9, 0.98), optim.decay(a.decay), optim.scale(rate))
-    tx = optim.accumulate(a.accumulate, tx)
+    parts = [optim.clip(a.clip), optim.adamw(0.9, 0.98), optim.decay(a.decay), optim.scale(rate)]
+    tx = optim.accumulate(a.accumulate, optim.chain(*parts, *([optim.ema(a.ema)] if a.ema else [])))
     return family, c, optim.init(tx, trained, tree.without(params, trained), fp16=a.dtype == "fp16"), tx
 
 
-def batches(a: Args, family: Any, c: Any) -> data.Batches:
-    pr = processor.load(a.model)
-    encode = lambda r: processor.encode(pr, r.messages, r.images, r.videos)
-    row = a.rows.attention
-    prepare = lambda batch, patches: family.prepare(c, batch, patches=patches, row=min(row, patches or row))
-    plan = data.Plan(a.batch, a.rows.tokens, a.rows.patches, a.accumulate, a.rows.pack, a.seed, a.rows.long)
-    return data.Batches(records.open(a.data, a.media), encode, prepare, plan, pr.text.pad)
-
-
 def main(a: Args) -> int:
-    family, c, state, tx = start(a)
+    task = tasks.of(a.model)
+    family, c, state, tx = start(a, task)
     settings = {k: v for k, v in asdict(a).items() if k not in ("out", "workers", "save", "questions")}
     meta = json.loads(json.dumps(settings, default=str))
     found = checkpoint.restore(a.out / "checkpoints", state)
@@ -102,10 +87,10 @@ def main(a: Args) -> int:
     done = int(state["step"]) // a.accumulate
     loss = lambda p, batch: family.loss(p, c, batch)
     step = jit.jit(partial(optim.step, loss, tx, compute=DTYPES[a.dtype]), a.mode, a.backend, donate=True,
-                   buckets=4 * len(a.rows.tokens), remat=a.remat)
+                   buckets=task.signatures(a), remat=a.remat)
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-    source, watch = batches(a, family, c), data.Watch(a.out / "bad_samples.jsonl")
+    source, watch = task.batches(a, family, c), data.Watch(a.out / "bad_samples.jsonl")
     saver = checkpoint.Saver(a.out / "checkpoints")
     with metrics.Log(a.out, a.steps, metrics.config(asdict(a)), resume=done) as log:
         for number, micro, facts in _timed(data.stream(source, done, a.steps, a.workers), log):
@@ -123,7 +108,8 @@ def main(a: Args) -> int:
             if (number + 1) % a.save == 0 or number + 1 == a.steps or stopped:
                 with log.time("checkpoint"):
                     _told(partial(saver, number + 1, state, meta), log)
-                    show(a, family, c, optim.full(state), number + 1)
+                    task.show(a, family, c, result(a, state), number + 1)
+                    report.write(a.out)
             if stopped:
                 saver.close()
                 return 75
@@ -131,24 +117,16 @@ def main(a: Args) -> int:
         for entry in step.stats():
             log.event("compile", **entry)
     report.write(a.out)
-    params = optim.full(state)
+    params = result(a, state)
     if a.lora.rank:
-        lora.export(a.out / "adapter", params, models.table(family, c), base_model=str(a.model))
-    models.export(a.out / "export", family, c, lora.merge(params), like=a.model)
+        task.adapter(a, family, c, params)
+    task.export(a, family, c, lora.merge(params))
     return 0
 
 
-def show(a: Args, family: Any, c: Any, params: tree.Tree, step: int) -> None:
-    """Ask twelve questions from the whole file, and rewrite the report."""
-    if a.questions:
-        asked = records.open(a.questions)
-        which = [data.order(0, 0, len(asked), i) for i in range(min(12, len(asked)))]
-        rows = answer.examine(
-            answer.ready(family, c, params, processor.load(a.model)), asked, which, metric="exact", new=32, batch=12
-        )
-        with (a.out / "samples.jsonl").open("a") as f:
-            f.writelines(json.dumps({"step": step, **r}) + "\n" for r in rows)
-    report.write(a.out)
+def result(a: Args, state: tree.Tree) -> tree.Tree:
+    """The parameters that training has arrived at, or their running mean."""
+    return tree.merge(optim.averaged(state), state["frozen"]) if a.ema else optim.full(state)
 
 
 def _told(save: Any, log: metrics.Log) -> None:

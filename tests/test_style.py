@@ -14,10 +14,12 @@ FLOORS = [  # a file imports from its own floor or a lower one
     {"tree", "random", "media"},
     {"shard", "kernels", "keys"},
     {"nn"},
-    {"diffusion", "text", "lora", "optim", "jit", "grad", "signature", "lower", "checkpoint", "hub", "data", "records",
-     "metrics", "report", "score", "processor", "generate"},
+    {"diffusion", "sampler", "schedulers", "solvers", "multistep", "text", "lora", "optim", "jit", "grad", "signature",
+     "lower", "checkpoint", "hub", "data", "records", "metrics", "report", "score", "processor", "generate", "clips", "features",
+     "prompts", "gallery"},
     {"models"},
-    {"answer"},
+    {"answer", "recipes", "bundle", "pipeline"},
+    {"tasks"},
 ]
 FAMILIES = [f for f in FILES if f.parent.name == "models" and f.name != "__init__.py"]
 

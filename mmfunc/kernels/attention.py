@@ -34,11 +34,12 @@ def visible(s: slice, limit: int, causal: bool, segments: Segments, start: Tenso
 
 
 def blocked(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, start: Tensor | None, scale: float,
-            block: int = BLOCK) -> Tensor:
+            bias: Tensor | None = None, block: int = BLOCK) -> Tensor:
     """Block by block over the queries. q [B, S, H, K], k and v [B, L, G, K] -> [B, S, H, K]."""
     (_, size, heads, width), groups, keys = q.shape, k.shape[2], k.shape[1]
     q = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
+    bias = None if bias is None else bias.unflatten(1, (groups, -1))
     out = []
     for a in range(0, size, block):
         s = slice(a, min(a + block, size))
@@ -47,6 +48,8 @@ def blocked(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, s
         rows = q[:, :, :, s]  # grouped queries share one product with their key head
         n = rows.shape[2:4]
         scores = (rows.flatten(2, 3) @ k[:, :, :limit].transpose(-1, -2)).unflatten(2, n).float() * scale
+        if bias is not None:
+            scores = scores + bias[:, :, :, s, :limit]
         if mask is not None:
             scores = scores.masked_fill(~mask, HIDDEN)
         weights = torch.softmax(scores, -1).to(v.dtype)
@@ -55,11 +58,10 @@ def blocked(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, s
     return y.permute(0, 3, 1, 2, 4).reshape(-1, size, heads, width)
 
 
-def fused(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, start: Tensor | None, scale: float
-) -> Tensor:
+def fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, start: Tensor | None, scale: float,
+          bias: Tensor | None = None) -> Tensor:
     """PyTorch's kernel; shapes as in blocked."""
-    plain = causal and segments is None and start is None and q.shape[1] == k.shape[1]
+    plain = causal and segments is None and start is None and bias is None and q.shape[1] == k.shape[1]
     mask = None
     if not plain:
         mask = visible(slice(0, q.shape[1]), k.shape[1], causal, segments, start, q.device)
@@ -67,17 +69,21 @@ def fused(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if mask is not None:  # a row that sees nothing would be NaN: let it see all
         mask = mask | ~mask.any(-1, keepdim=True)
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
     y = scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, start: Tensor | None,
-              scale: float) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, start: Tensor | None, scale: float,
+              bias: Tensor | None = None) -> Tensor:
     """The definition: one softmax over all scores; shapes as in blocked."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     mask = visible(slice(0, q.shape[2]), k.shape[2], causal, segments, start, q.device)
     scores = (q @ k.transpose(-1, -2)).float() * scale
+    scores = scores if bias is None else scores + bias
     if mask is not None:
         scores = scores.masked_fill(~mask[:, 0], HIDDEN)
     return (torch.softmax(scores, -1).to(v.dtype) @ v).transpose(1, 2)
@@ -96,14 +102,15 @@ BACKENDS: dict[str, Callable] = {"cpu": blocked, "meta": blocked}  # by device t
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, segments: Segments = None,
-           start: Tensor | None = None, scale: float | None = None) -> Tensor:
+           start: Tensor | None = None, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
     """Softmax attention. q [B, S, H, K], k and v [B, L, G, K] with H a multiple of G -> [B, S, H, K].
 
     segments [B, S] (or a pair for queries and keys): only equal ones see each other, 0 is padding and seen by nothing.
     start (0-d): index of the first query among the keys, for causal order within a cache.
+    bias [1 or B, H, S, L]: added to the scaled scores.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads")
     run = BACKENDS.get(q.device.type, fused)
-    y = run(q, k, v, causal, segments, start, q.shape[-1] ** -0.5 if scale is None else scale)
+    y = run(q, k, v, causal, segments, start, q.shape[-1] ** -0.5 if scale is None else scale, bias)
     return keep(y) if torch.is_grad_enabled() and y.requires_grad else y

@@ -11,7 +11,12 @@ import torch
 from mmfunc import hub, keys
 from mmfunc.tree import Tree
 
-HUB = {"qwen2": "qwen2", "qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen2vl"}  # model_type in config.json: family
+HUB = {  # model_type in config.json, or diffusers' _class_name: family
+    "qwen2": "qwen2", "qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen2vl",
+    "t5": "t5", "mt5": "t5", "umt5": "t5", "clip": "clip", "clip_text_model": "clip", "clip_vision_model": "clip",
+    "WanTransformer3DModel": "wan", "FluxTransformer2DModel": "flux",
+    "AutoencoderKL": "sd_vae", "AutoencoderKLWan": "wan_vae",
+}
 
 
 def names() -> list[str]:
@@ -33,9 +38,9 @@ def get(name: str) -> tuple[ModuleType, Any]:
 def family(folder: Path) -> tuple[ModuleType, Any]:
     """The family and the Config of a model folder, from its config.json."""
     said = hub.config(folder)
-    kind = said.get("model_type")
+    kind = said.get("model_type", said.get("_class_name"))
     if kind not in HUB:
-        raise ValueError(f"{folder}/config.json says model_type {kind!r}; known are {', '.join(HUB)}")
+        raise ValueError(f"{folder}/config.json says model_type (or _class_name) {kind!r}; known are {', '.join(HUB)}")
     module = import_module(f"{__name__}.{HUB[kind]}")
     try:
         return module, module.config(said)

@@ -23,7 +23,7 @@ from mmfunc.nn.basic import (
     rmsnorm,
 )
 from mmfunc.nn.chain import Chain, running, whole
-from mmfunc.nn.conv import Conv, GroupNorm, conv, groupnorm
+from mmfunc.nn.conv import Conv, GroupNorm, Once, causal, conv, double, groupnorm, halve, joined, tiled
 from mmfunc.nn.diffusion import Offsets, gated, grid, modulate, patchify, sinusoid, unpatchify
 from mmfunc.nn.loss import cross_entropy, targets
 from mmfunc.nn.rope import axial, rotate, sections

@@ -1,0 +1,159 @@
+"""Encoded samples on disk: what a diffusion model reads, made ahead of time; safetensors shards with their rows.
+
+part-00000.safetensors and part-00000.jsonl hold some samples each, one row a sample; texts that a part repeats are kept
+once. index.json comes last: a folder without it is not finished, and writing goes on behind its whole parts.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmfunc.hub import sync
+from mmfunc.metrics import replace
+
+OWN, TEXT = "own", "text"  # what belongs to a sample, and what to its caption
+
+
+def digest(*folders: Path) -> str:
+    """xxh3-128 of the weights and configs in folders: which encoders made the features."""
+    h = xxhash.xxh3_128()
+    for folder in folders:
+        for file in sorted(f for f in Path(folder).rglob("*") if f.suffix in (".json", ".safetensors", ".bin")):
+            h.update(file.name.encode())
+            with file.open("rb") as f:
+                while block := f.read(1 << 24):
+                    h.update(block)
+    return h.hexdigest()
+
+
+def done(folder: Path) -> int:
+    """How many parts of a folder are whole."""
+    n = 0
+    while (Path(folder) / f"part-{n:05d}.jsonl").exists():
+        n += 1
+    return n
+
+
+def write_part(folder: Path, number: int, rows: Iterable[tuple[dict, dict[str, Tensor], str, dict[str, Tensor]]]) -> int:
+    """Write one part from (row, own tensors, caption, the caption's tensors) of its samples; their number."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    texts: dict[str, int] = {}
+    said = []
+    for i, (row, own, caption, words) in enumerate(rows):
+        tensors |= {f"{OWN}.{i}.{k}": t.contiguous() for k, t in own.items()}
+        if caption not in texts:
+            tensors |= {f"{TEXT}.{len(texts)}.{k}": t.contiguous() for k, t in words.items()}
+        said.append(row | {"caption": caption, "text": texts.setdefault(caption, len(texts))})
+    file = folder / f"part-{number:05d}.safetensors"
+    temporary = file.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    sync(temporary)
+    os.replace(temporary, file)
+    replace(file.with_suffix(".jsonl"), "".join(json.dumps(r) + "\n" for r in said))
+    return len(said)
+
+
+def finish(folder: Path, said: dict[str, Any], empty: dict[str, Tensor]) -> None:
+    """Write index.json with what made the features, and the features of an empty caption."""
+    save_file({k: t.contiguous() for k, t in empty.items()}, Path(folder) / "empty.safetensors")
+    replace(Path(folder) / "index.json", json.dumps({"format": 1, "parts": done(folder), **said}, indent=2) + "\n")
+
+
+class Ahead:
+    """The samples of a folder by number: source[i] -> (id, tensors)."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        index = self.folder / "index.json"
+        if not index.exists():
+            raise ValueError(f"{folder} is no finished folder of features: it has {done(folder)} parts and no "
+                             "index.json; run programs/encode.py again, it goes on behind them")
+        self.said = json.loads(index.read_text())
+        self.rows = [(n, i, row) for n in range(self.said["parts"])
+                     for i, row in enumerate(map(json.loads, (self._part(n, "jsonl")).read_text().splitlines()))]
+        self.sizes = [tuple(s) for s in self.said["sizes"]]
+        self.place = [self.sizes.index(tuple(row["size"])) for _, _, row in self.rows]
+        self.open: dict[str, Any] = {}  # files, in the process that reads them
+
+    def _part(self, number: int, ending: str) -> Path:
+        return self.folder / f"part-{number:05d}.{ending}"
+
+    def _file(self, path: Path) -> Any:
+        key = f"{os.getpid()}:{path.name}"
+        if key not in self.open:
+            self.open[key] = safe_open(path, "pt")
+        return self.open[key]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[str, dict[str, Tensor]]:
+        part, own, row = self.rows[i]
+        f = self._file(self._part(part, "safetensors"))
+        wanted = {f"{OWN}.{own}.": 0, f"{TEXT}.{row['text']}.": 0}
+        return row["id"], {k[len(p):]: f.get_tensor(k) for p in wanted for k in self._names(part) if k.startswith(p)}
+
+    def _names(self, part: int) -> list[str]:
+        key = f"{os.getpid()}:{part}"
+        if key not in self.open:
+            self.open[key] = list(self._file(self._part(part, "safetensors")).keys())
+        return self.open[key]
+
+    def empty(self) -> dict[str, Tensor]:
+        """The features of an empty caption."""
+        f = self._file(self.folder / "empty.safetensors")
+        return {k: f.get_tensor(k) for k in f.keys()}
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"open": {}}
+
+
+class Online:
+    """The same by number from records, encoded when they are asked for."""
+
+    def __init__(self, rows: Any, place: list[int], sizes: list[tuple], encode: Callable, words: Callable):
+        """encode(record, size) -> own tensors, words(caption) -> tensors; place: each record's size."""
+        self.rows, self.place, self.sizes, self.encode, self.words = rows, place, sizes, encode, words
+        self.known: dict[str, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def text(self, caption: str) -> dict[str, Tensor]:
+        """The features of a caption; the latest thousand are kept."""
+        if caption not in self.known:
+            if len(self.known) >= 1000:
+                self.known.pop(next(iter(self.known)))
+            self.known[caption] = self.words(caption)
+        return self.known[caption]
+
+    def row(self, i: int) -> tuple[dict, dict[str, Tensor], str, dict[str, Tensor]]:
+        """(row, own tensors, caption, the caption's tensors): what a part is written from."""
+        r = self.rows[i]
+        size, said = self.sizes[self.place[i]], caption(r)
+        return {"id": r.id, "size": list(size)}, self.encode(r, size), said, self.text(said)
+
+    def __getitem__(self, i: int) -> tuple[str, dict[str, Tensor]]:
+        row, own, _, words = self.row(i)
+        return row["id"], own | words
+
+    def empty(self) -> dict[str, Tensor]:
+        """The features of an empty caption."""
+        return self.text("")
+
+
+def caption(r: Any) -> str:
+    """What a record says of its picture or video: the assistant's last words."""
+    said = r.messages[-1]
+    if said["role"] != "assistant" or not isinstance(said["content"], str):
+        raise ValueError(f"{r.id} has no caption")
+    return said["content"]

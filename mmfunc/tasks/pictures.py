@@ -1,0 +1,151 @@
+"""Diffusion models of pictures and videos: trained on captioned media or on features of them, shown by samples."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmfunc import clips, diffusion, features, lora, models, pipeline, recipes, records, tree
+from mmfunc.recipes import Part
+from mmfunc.records import Record
+from mmfunc.tree import Tree
+
+LORA = r"(self|cross|attention)\.(q|k|v|out)$"  # rule over names of dense maps
+ENCODERS = "vae", "text", "image"
+FOLDERS = "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder"
+
+
+@dataclass(frozen=True)
+class Clips:
+    sizes: tuple[str, ...] = ()  # rows x columns of pictures, frames x rows x columns of videos, as 512x512 81x480x832
+    batch: tuple[int, ...] = ()  # samples of a micro-batch, for each size; none: --batch
+    fps: float = 16.0  # frames taken of a second of video
+    drop: float = 0.1  # share of captions left out, for guidance
+    times: Literal["uniform", "logit_normal", "mode", "cosmap"] = "logit_normal"  # distribution of noise levels
+    shift: float = 0.0  # of noise levels towards noise; 0: as the pipeline's scheduler samples
+    guidance: float = 1.0  # what a model that reads the strength of guidance is told
+
+
+def load(a: Any, key: Tensor) -> tuple[Any, Any, Tree]:
+    """(family, Config, parameters) of the transformer, random ones from scratch."""
+    part = pipeline.load(a.model, () if a.scratch else ("transformer",), torch.float32).transformer
+    params = tree.init(part.family.params(part.config), key) if a.scratch else part.params
+    return part.family, part.config, params
+
+
+def sizes(said: tuple[str, ...]) -> list[clips.Size]:
+    """(frames, rows, columns) from "512x512" and "81x480x832"."""
+    out = []
+    for text in said:
+        numbers = text.lower().split("x")
+        if len(numbers) not in (2, 3) or not all(n.isdigit() and int(n) for n in numbers):
+            raise ValueError(f"the size {text!r} is neither rows x columns nor frames x rows x columns, as 81x480x832")
+        out.append(tuple(map(int, ["1", *numbers][-3:])))
+    return out
+
+
+def made(model: Path, a: Clips) -> dict[str, Any]:
+    """What the features of a run depend on: its encoders, sizes and frame rate."""
+    there = [Path(model) / n for n in FOLDERS if (Path(model) / n).is_dir()]
+    return {"encoders": features.digest(*there), "sizes": [list(s) for s in sizes(a.sizes)], "fps": a.fps}
+
+
+def encode(pipe: pipeline.Pipeline, fps: float, r: Record, size: clips.Size) -> dict[str, Tensor]:
+    """A sample's own features, ahead of time or online: latents, and what image-to-video models see."""
+    c = pipe.transformer.config
+    x = clips.pixels(r, size, fps, 3 if pipe.vae else c.channels)
+    x = x.unsqueeze(1) if x.ndim < len(recipes.of(pipe.kind).patch(c)) + 1 else x  # a picture as a video of one frame
+    out = {"latents": pipeline.latents(pipe, x[None])[0]}
+    if getattr(c, "condition", 0):
+        out |= {k: v[0] for k, v in pipeline.conditions(pipe, x[None, :, 0], size[0]).items()}
+    return out
+
+
+def online(model: Path, rows: records.Records, a: Clips) -> features.Online:
+    """Samples of records, encoded by the pipeline of a folder when they are asked for."""
+    pipe = pipeline.load(model, ENCODERS)
+    wanted = sizes(a.sizes)
+    if not wanted:
+        raise ValueError("give the sizes to train on, such as --clips.sizes 512x512, or features made ahead of time")
+    for size in wanted:
+        pipeline.shape(pipe, *size[1:], frames=size[0])
+
+    def place(i: int) -> int:
+        try:
+            return clips.nearest(clips.sized(rows[i]), wanted)
+        except (ValueError, OSError):
+            return 0  # told when it is drawn
+
+    words = lambda said: {k: v[0] for k, v in pipeline.texts(pipe, [said]).items()}
+    return features.Online(rows, [place(i) for i in range(len(rows))], wanted, partial(encode, pipe, a.fps), words)
+
+
+def source(a: Any) -> features.Ahead | features.Online:
+    """The samples of a run: features of a folder with index.json, else records."""
+    if not (Path(a.data) / "index.json").exists():
+        return online(a.model, records.open(a.data, a.media), a.clips)
+    ahead, now = features.Ahead(a.data), made(a.model, a.clips)
+    if not a.clips.sizes:
+        now |= {n: ahead.said[n] for n in ("sizes", "fps")}
+    if differ := [f"{k}: {ahead.said[k]} there, {v} in this run" for k, v in now.items() if ahead.said[k] != v]:
+        raise ValueError(f"the features of {a.data} were made otherwise: {'; '.join(differ)}. Encode them again")
+    return ahead
+
+
+def shifts(pipe: pipeline.Pipeline, among: list[clips.Size], shift: float) -> tuple[float, ...]:
+    """How far the noise levels of each size are moved: the given shift, or as the scheduler does when sampling."""
+    s = pipe.scheduler
+    if shift or not s.get("use_dynamic_shifting"):
+        return tuple(shift or s.get("flow_shift") or s.get("shift") or 1.0 for _ in among)
+    patch = math.prod(recipes.of(pipe.kind).patch(pipe.transformer.config))
+    bounds = [s.get(k, v) for k, v in (("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5),
+                                       ("max_shift", 1.15))]
+    count = lambda size: math.prod(pipeline.shape(pipe, *size[1:], frames=size[0])[1:]) // patch
+    return tuple(math.exp(diffusion.resolution_mu(count(size), *bounds)) for size in among)
+
+
+def batches(a: Any, family: Any, c: Any) -> clips.Batches:
+    """The global batches of a run by number."""
+    samples, pipe = source(a), pipeline.load(a.model, ())
+    moved = shifts(pipe, samples.sizes, a.clips.shift)
+    plan = clips.Plan(a.clips.batch or (a.batch,), a.accumulate, a.seed, a.clips.drop, diffusion.Times(a.clips.times), moved)
+    return clips.Batches(samples, plan, {"guidance": a.clips.guidance} if getattr(c, "guidance", False) else {})
+
+
+def signatures(a: Any) -> int:
+    """How many shapes of batches there may be."""
+    return max(len(a.clips.sizes), 1)
+
+
+def show(a: Any, family: Any, c: Any, params: Tree, step: int) -> None:
+    """Samples of the prompts of a file, with the same seeds each time, for the report."""
+    if not a.questions:
+        return
+    prompts = [line.strip() for line in Path(a.questions).read_text().splitlines() if line.strip()][:12]
+    pipe = trained(a, family, c, params)
+    size = sizes(a.clips.sizes)[0] if a.clips.sizes else tuple(features.Ahead(a.data).said["sizes"][0])
+    rows = pipeline.gallery(pipe, prompts, size, a.out / "gallery", f"step-{step:08d}", seed=a.seed, fps=a.clips.fps)
+    with (a.out / "gallery.jsonl").open("a") as f:
+        f.writelines(json.dumps({"step": step, **r, "file": str(Path(r["file"]).relative_to(a.out))}) + "\n" for r in rows)
+
+
+def trained(a: Any, family: Any, c: Any, params: Tree) -> pipeline.Pipeline:
+    """The pipeline of the model folder with other weights of the transformer."""
+    return replace(pipeline.load(a.model, ("vae", "text")), transformer=Part(family, c, params))
+
+
+def adapter(a: Any, family: Any, c: Any, params: Tree) -> None:
+    """The low-rank paths as diffusers reads them."""
+    (a.out / "adapter").mkdir(parents=True, exist_ok=True)
+    lora.export_weights(a.out / "adapter", params, models.table(family, c))
+
+
+def export(a: Any, family: Any, c: Any, params: Tree) -> None:
+    """A pipeline folder with the trained transformer, its other parts carried along."""
+    whole = pipeline.load(a.model, ())
+    pipeline.export(a.out / "export", replace(whole, transformer=Part(family, c, params)), like=a.model)
