@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from mmfunc import hub, lora, models, prompts, random, recipes, sampler, tree
@@ -83,9 +84,27 @@ def scratch(kind: str, transformer: Part, vae: Part | None, text: Sequence[tuple
 
 
 def defaults(pipe: Pipeline) -> dict[str, Any]:
-    """How a pipeline is run unless told otherwise: steps, guidance, strength, size, length; frames and fps of videos."""
+    """How a pipeline is run unless told otherwise: steps, guidance, strength, size, length; frames, fps of videos."""
     c = pipe.transformer.config
     return pipe.transformer.family.PARTS[recipes.of(pipe.kind).like(c)]
+
+
+def adapted(pipe: Pipeline, path: Path) -> Pipeline:
+    """The pipeline with adapters of its transformer: PEFT's folder, diffusers' file or folder, or ComfyUI's file."""
+    part, path = pipe.transformer, Path(path)
+    module, c = part.family, part.config
+    if (path / "adapter_config.json").exists():
+        params = lora.load(path, module.params(c), part.params, models.table(module, c))[1]
+    else:
+        with safe_open(path if path.suffix == ".safetensors" else path / lora.WEIGHTS, "pt") as file:
+            prefix = next(iter(file.keys())).partition(".")[0] + "."
+        if prefix == "diffusion_model." and not hasattr(module, "ORIGINAL"):
+            raise ValueError(f"{path} is made for ComfyUI; this family reads PEFT's and diffusers' adapters")
+        table = module.ORIGINAL(c) if prefix == "diffusion_model." else models.table(module, c)
+        params = lora.load_weights(path, module.params(c), part.params, table, prefix=prefix)[1]
+    like = tree.leaves(part.params)[0]
+    cast = {n: t.to(like) if ".lora_" in n else t for n, t in tree.flatten(params).items()}
+    return replace(pipe, transformer=replace(part, params=tree.unflatten(cast, params)))
 
 
 def _lengths(pipe: Pipeline, limits: Sequence[int | None]) -> tuple[int, ...]:

@@ -109,13 +109,14 @@ class Batches(Dataset):
             at -= n
         raise AssertionError
 
-    def draw(self, size: int, position: int, bad: list[dict]) -> dict[str, Any]:
-        """The sample at a position among those of a size, with its noise and time; one that cannot be used is noted,
-        and another taken that depends on the position only."""
+    def draw(self, size: int, position: int, bad: list[dict]) -> tuple[str, dict[str, Tensor], tuple[int, int]]:
+        """(id, tensors, (epoch, index)) of the sample at a position among those of a size; one that cannot be used is
+        noted, and another taken that depends on the position only."""
         members = self.members[size]
         epoch, at = divmod(position, len(members))
         for attempt in range(10):
-            index = members[data.order(self.plan.seed, epoch + attempt * 1_000_003, len(members), at)]
+            turn = epoch + attempt * 1_000_003
+            index = members[data.order(self.plan.seed, turn, len(members), at)]
             try:
                 name, tensors = self.source[index]
                 if odd := [k for k, t in tensors.items() if not torch.isfinite(t).all()]:
@@ -123,29 +124,31 @@ class Batches(Dataset):
             except (ValueError, OSError) as e:
                 bad.append({"index": index, "reason": str(e)})
                 continue
-            return {"id": name} | self.noised(tensors, size, epoch + attempt * 1_000_003, index)
+            return name, tensors, (turn, index)
         raise ValueError(f"no usable sample after 10 tries; the last: {bad[-1]['reason']}")
 
-    def noised(self, tensors: dict[str, Tensor], size: int, epoch: int, index: int) -> dict[str, Tensor]:
-        """A sample's tensors with noise [C, ...], t (0-d) and, now and then, no caption."""
-        key = random.fold_in(random.fold_in(random.key(self.plan.seed), epoch), index)
-        noise, time, drop = random.split(key, 3)
+    def noised(self, found: list[tuple], size: int) -> dict[str, Tensor]:
+        """Samples as one batch, with noise [B, C, ...] and t [B], and now and then without the caption."""
         p = self.plan
-        if random.uniform(drop, ()) < p.drop:
-            tensors = tensors | self.source.empty()
-        return tensors | {"noise": random.normal(noise, tensors["latents"].shape).to(tensors["latents"].dtype),
-                          "t": diffusion.draw(p.times, time, shift=p.shifts[size] if p.shifts else None)}
+        turns = torch.tensor([at for _, _, at in found])
+        keys = random.fold_in(random.fold_in(random.key(p.seed), turns[:, 0]), turns[:, 1])
+        noise, time, drop = random.split(keys, 3).unbind(1)
+        dropped = (random.uniform(drop, ()) < p.drop).tolist()
+        empty = self.source.empty() if any(dropped) else {}
+        samples = [tensors | (empty if d else {}) for (_, tensors, _), d in zip(found, dropped)]
+        batch = {n: torch.stack([s[n] for s in samples]) for n in sorted(samples[0])}
+        latents = batch["latents"]
+        return batch | {"noise": random.normal(noise, tuple(latents.shape[1:])).to(latents.dtype),
+                        "t": diffusion.draw(p.times, time, shift=p.shifts[size] if p.shifts else None)}
 
     def __getitem__(self, number: int) -> tuple[list[dict[str, Tensor]], dict]:
         size, turn = self.which(number)
         bad: list[dict] = []
         start, step = turn * self.update[size], self.micro[size]
-        samples = [self.draw(size, start + i, bad) for i in range(self.update[size])]
-        count = {"num_items_in_batch": torch.tensor(float(len(samples)))}
+        found = [self.draw(size, start + i, bad) for i in range(self.update[size])]
+        count = {"num_items_in_batch": torch.tensor(float(len(found)))}
         micro = []
-        for a in range(0, len(samples), step):
-            part = samples[a : a + step]
-            names = part[0].keys() - {"id"}
-            batch = {n: torch.stack([s[n] for s in part]) for n in sorted(names)}
-            micro.append(batch | count | {n: torch.full((len(part),), v) for n, v in self.extra.items()})
-        return micro, {"ids": [s["id"] for s in samples], "bad": bad, "tokens": 0, "samples": len(samples)}
+        for a in range(0, len(found), step):
+            batch = self.noised(found[a : a + step], size) | count
+            micro.append(batch | {n: torch.full((len(batch["t"]),), v) for n, v in self.extra.items()})
+        return micro, {"ids": [name for name, _, _ in found], "bad": bad, "tokens": 0, "samples": len(found)}

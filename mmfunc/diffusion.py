@@ -217,7 +217,7 @@ def draw(c: Times, key: Tensor, place: int | None = None, of: int | None = None,
     [B, 2] the first sample has this place.
     """
     rows = key[None] if key.ndim == 1 else key
-    u = torch.stack([random.uniform(k, ()) for k in rows.unbind()])
+    u = random.uniform(rows, ())
     if (place, of) != (None, None):
         if place is None or of is None or not 0 <= place <= of - len(rows):
             raise ValueError(f"place {place} of {of} for {len(rows)} keys; it must be 0 <= place <= of - {len(rows)}")

@@ -41,8 +41,11 @@ def done(folder: Path) -> int:
     return n
 
 
-def write_part(folder: Path, number: int, rows: Iterable[tuple[dict, dict[str, Tensor], str, dict[str, Tensor]]]) -> int:
-    """Write one part from (row, own tensors, caption, the caption's tensors) of its samples; their number."""
+Row = tuple[dict, dict[str, Tensor], str, dict[str, Tensor]]  # facts, own tensors, caption, the caption's tensors
+
+
+def write_part(folder: Path, number: int, rows: Iterable[Row]) -> int:
+    """Write one part; the number of its samples."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -136,8 +139,8 @@ class Online:
             self.known[caption] = self.words(caption)
         return self.known[caption]
 
-    def row(self, i: int) -> tuple[dict, dict[str, Tensor], str, dict[str, Tensor]]:
-        """(row, own tensors, caption, the caption's tensors): what a part is written from."""
+    def row(self, i: int) -> Row:
+        """What a part is written from."""
         r = self.rows[i]
         size, said = self.sizes[self.place[i]], caption(r)
         return {"id": r.id, "size": list(size)}, self.encode(r, size), said, self.text(said)

@@ -29,15 +29,10 @@ def picture(file: Path, height: int, width: int) -> Tensor:
     return resized(media.image(file), height, width)
 
 
-def clip(file: Path, frames: int, height: int, width: int) -> Tensor:
-    """The first frames of a video file as pixels [3, frames, height, width]; fewer are a ValueError."""
-    found = []
-    with av.open(str(file)) as box:
-        for frame in box.decode(video=0):
-            found.append(resized(frame.to_image(), height, width))
-            if len(found) == frames:
-                return torch.stack(found, 1)
-    raise ValueError(f"{file} has {len(found)} frames; {frames} are wanted")
+def clip(file: Path, frames: int, height: int, width: int, fps: float) -> Tensor:
+    """The beginning of a video file at a frame rate, as pixels [3, frames, height, width]."""
+    x = media.frames(file, frames, fps).permute(0, 2, 3, 1).numpy()
+    return torch.stack([resized(Image.fromarray(f), height, width) for f in x], 1)
 
 
 def bytes_of(pixels: Tensor) -> np.ndarray:
@@ -47,7 +42,7 @@ def bytes_of(pixels: Tensor) -> np.ndarray:
 
 
 def save(stem: Path, pixels: Tensor, said: dict, fps: int = 16) -> Path:
-    """Write pixels [3, Y, X] as stem.png, [3, T, Y, X] as stem.mp4 (of even sides), with what is said of them inside."""
+    """Write pixels [3, Y, X] as stem.png, [3, T, Y, X] as stem.mp4 (even sides only), with what is said of them in it."""
     x, text = bytes_of(pixels), json.dumps(said)
     file = stem.with_name(stem.name + (".png" if pixels.ndim == 3 else ".mp4"))
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from mmfunc import diffusion, jit, prompts, random, recipes, sampler, tree
-from mmfunc.bundle import PARTS, Part, Pipeline, defaults, export, load, scratch
+from mmfunc.bundle import PARTS, Part, Pipeline, adapted, defaults, export, load, scratch
 from mmfunc.sampler import Table
 from mmfunc.tree import Tree
 
-__all__ = ["PARTS", "Part", "Pipeline", "Plan", "conditions", "defaults", "export", "keys_of", "latents", "load",
-           "pixels", "plan", "sample", "scratch", "shape", "texts"]
+__all__ = ["PARTS", "Part", "Pipeline", "Plan", "adapted", "conditions", "defaults", "export", "keys_of", "latents",
+           "load", "pixels", "plan", "sample", "scratch", "shape", "texts"]
 
 SHIFTS = {"flow_euler": "shift", "flow_heun": "shift", "unipc": "flow_shift", "dpm": "flow_shift"}  # samplers of flows
 RESOLUTION = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # FLUX's
@@ -253,6 +253,7 @@ def sample(pipe: Pipeline, cond: Tree, uncond: Tree | None, noise: Tensor | Sequ
     if made is None:
         made = plan(pipe, noise.shape, strength=start and start[1], **how)
     part = _loaded(pipe.transformer, "transformer", pipe)
+    noise = noise.float().to(tree.leaves(part.params)[0].device)
     if made.guidance is not None:
         cond = cond | {"guidance": noise.new_full((len(noise),), made.guidance)}
     if made.scale > 1 and uncond is None:
@@ -268,4 +269,4 @@ def sample(pipe: Pipeline, cond: Tree, uncond: Tree | None, noise: Tensor | Sequ
         return y
 
     with jit.flags():
-        return sampler.sample(predict, made.table, noise.float(), latents=start and start[0], key=key)
+        return sampler.sample(predict, made.table, noise, latents=start and start[0], key=key)

@@ -59,14 +59,14 @@ def _words(data: int | str | Tensor, device: torch.device) -> tuple[Tensor, Tens
 
 
 def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
-    """A new key from a key and an integer (also as a 0-d tensor) or a name."""
-    return torch.stack(threefry(key[0], key[1], *_words(data, key.device)))
+    """A new key from a key and an integer (also as a tensor) or a name. [..., 2] and data [...] -> [..., 2]."""
+    return torch.stack(torch.broadcast_tensors(*threefry(key[..., 0], key[..., 1], *_words(data, key.device))), -1)
 
 
 def split(key: Tensor, n: int = 2) -> Tensor:
-    """n independent keys, int32 [n, 2]."""
+    """n independent keys of a key [..., 2], int32 [..., n, 2]."""
     c = torch.arange(n, dtype=torch.int32, device=key.device)
-    return torch.stack(threefry(key[0], key[1], c, torch.full_like(c, -1)), -1)
+    return torch.stack(threefry(key[..., 0, None], key[..., 1, None], c, torch.full_like(c, -1)), -1)
 
 
 def _index(shape: tuple[int, ...], part: tuple[slice, ...] | None, device: torch.device) -> Tensor:
@@ -82,20 +82,27 @@ def _index(shape: tuple[int, ...], part: tuple[slice, ...] | None, device: torch
 
 
 def _draw(fn: Callable, key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None) -> Tensor:
-    """fn of the two random words of each element; in eager mode piece by piece, so that a piece stays in the cache."""
+    """fn of the two random words of each element; in eager mode piece by piece, so that a piece stays in the cache.
+
+    Keys [..., 2] give an array each: [..., *shape].
+    """
+    index = _index(tuple(shape), part, key.device)
+    rows = key.shape[:-1]
 
     def piece(index: Tensor) -> Tensor:
         high = (index >> 32).to(torch.int32) if index.dtype == torch.int64 else torch.zeros_like(index)
-        return fn(*threefry(key[0], key[1], (index & 0xFFFFFFFF).to(torch.int32), high))
+        k0, k1 = (k.view(*rows, *[1] * index.ndim) for k in key.unbind(-1))
+        return fn(*threefry(k0, k1, (index & 0xFFFFFFFF).to(torch.int32), high))
 
-    index = _index(tuple(shape), part, key.device)
-    if torch.compiler.is_compiling() or index.numel() <= PIECE:
+    size = PIECE // max(prod(rows), 1) + 1
+    if torch.compiler.is_compiling() or index.numel() <= size:
         return piece(index)
-    return torch.cat([piece(i) for i in index.flatten().split(PIECE)]).view(index.shape)
+    return torch.cat([piece(i) for i in index.flatten().split(size)], -1).view(*rows, *index.shape)
 
 
 def bits(key: Tensor, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
-    """32 random bits an element, as int32; with part, bits(key, shape)[part] without making the rest."""
+    """32 random bits an element, as int32; with part, bits(key, shape)[part] without making the rest; with keys
+    [..., 2] an array for each."""
     return _draw(lambda a, b: a, key, shape, part)
 
 

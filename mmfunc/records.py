@@ -124,7 +124,8 @@ def open(path: Path, root: Path | None = None) -> Records:
         )
         lists = [next((path / n for n in names if (path / n).exists()), None) for names in LISTS]
         if not inside and not all(lists):
-            raise ValueError(f"{path} has neither metadata.jsonl nor metadata.csv nor *.tar nor prompt.txt + videos.txt")
+            raise ValueError(f"{path} has neither metadata.jsonl nor metadata.csv nor *.tar nor prompt.txt and "
+                             "videos.txt")
         out = mix([open(f, root or path) for f in inside]) if inside else _paired(*lists, root or path)
     elif path.suffix == ".tar":
         out = _tar(path)

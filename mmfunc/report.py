@@ -1,16 +1,19 @@
 """A run as one page: curves, time, compilation, answers with their pictures. One file, no network, phone and print.
 
-render(folder) reads metrics.jsonl, config.json, samples.jsonl, results.json and bad_samples.jsonl of a run; write()
-puts report.html beside them.
+render(folder) reads metrics.jsonl, config.json, samples.jsonl, gallery.jsonl, results.json and bad_samples.jsonl of a
+run; write() puts report.html beside them.
 """
 
 import base64
+import io
 import json
 import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from mmfunc.metrics import read, replace
 
@@ -25,7 +28,8 @@ p.sub{color:var(--soft);margin:0 0 16px}.grid{display:grid;gap:12px;grid-templat
 border-radius:10px;padding:12px 14px;break-inside:avoid;min-width:0}.big{font-size:24px;font-weight:650;font-variant-numeric:tabular-nums}
 .soft{color:var(--soft);font-size:13px}svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:11px}
 img{width:100%;max-height:150px;object-fit:contain;image-rendering:pixelated;background:#000;border-radius:6px}
-.ok{color:var(--good)}.no{color:var(--bad)}.bar{display:flex;height:14px;border-radius:7px;overflow:hidden;background:var(--line)}
+video{width:100%;max-height:320px;background:#000;border-radius:6px}.shots td{min-width:150px}.shots img{max-height:320px;
+image-rendering:auto}.ok{color:var(--good)}.no{color:var(--bad)}.bar{display:flex;height:14px;border-radius:7px;overflow:hidden;background:var(--line)}
 .bar i{display:block}table{border-collapse:collapse;width:100%;font-size:13px}th{white-space:nowrap}td,th{text-align:left;padding:5px 8px;
 border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}.scroll{overflow-x:auto}
 details{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:10px 14px}summary{cursor:pointer}
@@ -103,6 +107,39 @@ def sample(row: dict, root: Path) -> str:
             f'{escape(row["question"])}</div><div>{verdict}</div></div>')
 
 
+def shot(path: str, root: Path) -> str:
+    """A picture of the gallery, made smaller where it is large, or a video that plays."""
+    file = root / path
+    if not file.is_file() or file.stat().st_size > 16_000_000:
+        return f'<div class="soft">{escape(path)} is not shown</div>'
+    if file.suffix == ".mp4":
+        data = base64.b64encode(file.read_bytes()).decode()
+        return f'<video autoplay muted loop playsinline src="data:video/mp4;base64,{data}"></video>'
+    with Image.open(file) as x:
+        if max(x.size) <= 512:
+            return picture(path, root)
+        x = x.convert("RGB")
+    x.thumbnail((512, 512))
+    x.save(small := io.BytesIO(), "JPEG", quality=85)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}">'
+
+
+def gallery(rows: Sequence[dict], root: Path, most: int = 8) -> str:
+    """Samples of fixed prompts and seeds: a row for each, a column a step, of which at most so many are shown."""
+    rows = [r for r in rows if {"step", "prompt", "seed", "file"} <= r.keys()]
+    steps = sorted({r["step"] for r in rows})
+    steps = steps if len(steps) <= most else [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+    cells: dict[tuple, dict[int, str]] = {}
+    for r in rows:
+        cells.setdefault((r["prompt"], r["seed"]), {})[r["step"]] = r["file"]
+    head = "".join(f"<th>{f'step {s}' if s else ''}</th>" for s in steps)
+    body = "".join(
+        f'<tr><td>{escape(str(prompt))}<div class="soft">seed {escape(str(seed))}</div></td>'
+        + "".join(f"<td>{shot(files[s], root) if s in files else ''}</td>" for s in steps) + "</tr>"
+        for (prompt, seed), files in cells.items())
+    return f'<div class="card scroll"><table class="shots"><tr><th></th>{head}</tr>{body}</table></div>'
+
+
 def table(rows: Sequence[dict], names: Sequence[str]) -> str:
     """Rows of facts under names."""
     shown = lambda v: "" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)
@@ -141,6 +178,8 @@ def render(folder: Path) -> str:
         last = max(s.get("step", 0) for s in samples)
         body.append(f"<h2>Answers after step {last}</h2><div class='grid'>"
                     + "".join(sample(s, folder) for s in samples if s.get("step", 0) == last) + "</div>")
+    if shots := read(folder / "gallery.jsonl")[0]:
+        body.append("<h2>Samples</h2>" + gallery(shots, folder))
     if steps:
         said_of = "<p class='soft'>Red: updates that were skipped. Amber: restarts.</p>"
         body.append(f"<h2>Curves</h2>{said_of}<div class='grid wide'>{''.join(_curves(steps, samples, marks))}</div>")

@@ -101,7 +101,9 @@ def spaced(o: Options, steps: int, more: int = 0) -> Numbers:
 
 
 def _respaced(o: Options, low: float, high: float, steps: int) -> Numbers | None:
-    """Sigmas from high to low after Karras et al. 2022, or in a geometric row."""
+    """Sigmas from high to low after Karras et al. 2022, or in a geometric row, or None."""
+    if o.use_karras_sigmas and o.use_exponential_sigmas:
+        raise ValueError(f"{o.name}: use_karras_sigmas and use_exponential_sigmas are both set; choose one")
     if o.use_karras_sigmas:
         return np.linspace(high ** (1 / 7), low ** (1 / 7), steps) ** 7
     return np.exp(np.linspace(math.log(high), math.log(low), steps)) if o.use_exponential_sigmas else None

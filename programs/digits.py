@@ -48,16 +48,16 @@ def scans() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[train], y[train], x[held], y[held]
 
 
-def vary(x: Tensor, side: int, g: torch.Generator) -> Tensor:
+def vary(x: Tensor, side: int, g: torch.Generator, much: float = 1.0, noise: float = 0.05) -> Tensor:
     """Turned, scaled, sheared, shifted and noisy copies. [N, 8, 8] -> [N, side, side]."""
     n = len(x)
-    spread = lambda size, *shape: (torch.rand(n, *shape, generator=g) * 2 - 1) * size
+    spread = lambda size, *shape: (torch.rand(n, *shape, generator=g) * 2 - 1) * size * much
     turn, scale, shear, shift = spread(0.21), 1 + spread(0.12, 2), spread(0.1), spread(0.25, 2)
     rows = [torch.stack([turn.cos() * scale[:, 0], -turn.sin() * scale[:, 0] + shear, shift[:, 0]], -1),
             torch.stack([turn.sin() * scale[:, 1], turn.cos() * scale[:, 1], shift[:, 1]], -1)]
     grid = affine_grid(torch.stack(rows, 1), [n, 1, side, side], align_corners=False)
     y = grid_sample(x[:, None], grid, align_corners=False)[:, 0]
-    return y + 0.05 * torch.randn(y.shape, generator=g)
+    return y + noise * torch.randn(y.shape, generator=g)
 
 
 def enlarge(x: Tensor, side: int) -> Tensor:

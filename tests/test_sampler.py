@@ -186,7 +186,7 @@ def test_begin_is_get_timesteps():
 
 
 COMPILED = [("flow_euler", {"shift": 3.0}), ("flow_heun", {}), ("unipc", FLOW | {"flow_shift": 5.0}), ("dpm", SD | V),
-            ("dpm", SD | {"algorithm_type": "sde-dpmsolver++"}), ("euler_ancestral", SD | LEADING), ("ddim", {}),
+            ("euler_ancestral", SD | LEADING), ("ddim", {}),
             ("ddpm", {"variance_type": "learned_range"}), ("pndm", SD), ("cogvideox_dpm", ZERO)]
 
 
@@ -305,6 +305,7 @@ def test_a_config_saved_for_another_scheduler():
     (lambda: sampler.from_config({"_class_name": "LCMScheduler"}), "'LCMScheduler' is not known; there are FlowMatch"),
     (lambda: sampler.from_config({"_class_name": "DDIMScheduler", "bogus": 1}), "entries bogus are not known"),
     (lambda: sampler.from_config({"_class_name": "PNDMScheduler"})(9), "skip_prk_steps is False; known are True"),
+    (lambda: sampler.table("euler", 9, **KARRAS, **GEOMETRIC), "use_karras_sigmas and use_exponential_sigmas are both"),
     (lambda: sampler.begin(20, 0.0), "strength is 0.0"),
     (lambda: sampler.sample(model, sampler.table("ddpm", 4), torch.zeros(1, 2, 2)), "ddpm draws noise: give key="),
 ])

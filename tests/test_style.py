@@ -18,7 +18,7 @@ FLOORS = [  # a file imports from its own floor or a lower one
      "lower", "checkpoint", "hub", "data", "records", "metrics", "report", "score", "processor", "generate", "clips", "features",
      "prompts", "gallery"},
     {"models"},
-    {"answer", "recipes", "bundle", "pipeline"},
+    {"answer", "recipes", "bundle", "pipeline", "render"},
     {"tasks"},
 ]
 FAMILIES = [f for f in FILES if f.parent.name == "models" and f.name != "__init__.py"]

@@ -48,17 +48,19 @@ PRESETS = {
 _RUN = {"kind": "FluxPipeline", "vae": "sd_vae:flux", "text": ("clip:text-l", "t5:t5-v1.1-xxl"), "length": 512,
         "steps": 28, "guidance": 3.5, "strength": 0.6, "size": (1024, 1024),
         "sampler": ("flow_euler", {"shift": 3.0, "use_dynamic_shifting": True})}
+_SIDES = (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104)
 PARTS = {  # what a preset goes with, and how it is run
     "dev": _RUN,
     "schnell": _RUN | {"length": 256, "steps": 4, "guidance": None, "sampler": ("flow_euler", {"shift": 1.0})},
-    "kontext": _RUN | {"kind": "FluxKontextPipeline", "guidance": 2.5},
+    "kontext": _RUN | {"kind": "FluxKontextPipeline", "guidance": 2.5,
+                       "references": (*_SIDES, (1024, 1024), *((b, a) for a, b in _SIDES))},  # of training; sizes too
 }
 
 
 def params(c: Config) -> Tree:
     d = c.width
     attention, mlp = nn.Attention(d, c.heads, c.k, norm="head"), nn.MLP(d, 4 * d)
-    stream = {"offsets": nn.Linear(d, 6 * d), "attention": attention, "mlp": mlp}
+    stream = {"offsets": nn.Linear(d, 6 * d, std=0), "attention": attention, "mlp": mlp}
     down = nn.Linear(4 * d, d, "mlp -> embed", bias=False)  # its bias is that of attention.out
     tree = {
         "image": nn.Linear(4 * c.channels, d),
@@ -66,8 +68,9 @@ def params(c: Config) -> Tree:
         "time": nn.MLP(256, d, d),
         "pooled": nn.MLP(c.pooled, d, d),
         "double": [{"image": stream, "text": stream}] * c.layers,
-        "single": [{"offsets": nn.Linear(d, 3 * d), "attention": attention, "mlp": mlp | {"down": down}}] * c.single,
-        "head": {"offsets": nn.Linear(d, 2 * d), "out": nn.Linear(d, 4 * c.channels)},
+        "single": [{"offsets": nn.Linear(d, 3 * d, std=0), "attention": attention,
+                    "mlp": mlp | {"down": down}}] * c.single,
+        "head": {"offsets": nn.Linear(d, 2 * d, std=0), "out": nn.Linear(d, 4 * c.channels, std=0)},
     }
     return tree | {"guidance": nn.MLP(256, d, d)} if c.guidance else tree
 

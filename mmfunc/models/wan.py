@@ -76,7 +76,7 @@ def params(c: Config) -> Tree:
         "offsets": nn.Linear(d, 6 * d),
         "text": nn.MLP(c.text, d, d),
         "blocks": [block] * c.layers,
-        "head": {"offsets": nn.Offsets(2, d), "out": nn.Linear(d, c.channels * prod(c.patch))},
+        "head": {"offsets": nn.Offsets(2, d), "out": nn.Linear(d, c.channels * prod(c.patch), std=0)},
     }
     if c.image:
         block["image"] = {"k": attention["k"], "v": attention["v"], "span": {"k": attention["span"]["k"]}}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmfunc import clips, diffusion, features, lora, models, pipeline, recipes, records, tree
+from mmfunc import bundle, clips, diffusion, features, gallery, lora, models, pipeline, random, recipes, records, tree
 from mmfunc.recipes import Part
 from mmfunc.records import Record
 from mmfunc.tree import Tree
@@ -33,7 +33,7 @@ class Clips:
 
 def load(a: Any, key: Tensor) -> tuple[Any, Any, Tree]:
     """(family, Config, parameters) of the transformer, random ones from scratch."""
-    part = pipeline.load(a.model, () if a.scratch else ("transformer",), torch.float32).transformer
+    part = bundle.load(a.model, () if a.scratch else ("transformer",), torch.float32).transformer
     params = tree.init(part.family.params(part.config), key) if a.scratch else part.params
     return part.family, part.config, params
 
@@ -55,7 +55,7 @@ def made(model: Path, a: Clips) -> dict[str, Any]:
     return {"encoders": features.digest(*there), "sizes": [list(s) for s in sizes(a.sizes)], "fps": a.fps}
 
 
-def encode(pipe: pipeline.Pipeline, fps: float, r: Record, size: clips.Size) -> dict[str, Tensor]:
+def encode(pipe: bundle.Pipeline, fps: float, r: Record, size: clips.Size) -> dict[str, Tensor]:
     """A sample's own features, ahead of time or online: latents, and what image-to-video models see."""
     c = pipe.transformer.config
     x = clips.pixels(r, size, fps, 3 if pipe.vae else c.channels)
@@ -68,7 +68,7 @@ def encode(pipe: pipeline.Pipeline, fps: float, r: Record, size: clips.Size) -> 
 
 def online(model: Path, rows: records.Records, a: Clips) -> features.Online:
     """Samples of records, encoded by the pipeline of a folder when they are asked for."""
-    pipe = pipeline.load(model, ENCODERS)
+    pipe = bundle.load(model, ENCODERS)
     wanted = sizes(a.sizes)
     if not wanted:
         raise ValueError("give the sizes to train on, such as --clips.sizes 512x512, or features made ahead of time")
@@ -97,7 +97,7 @@ def source(a: Any) -> features.Ahead | features.Online:
     return ahead
 
 
-def shifts(pipe: pipeline.Pipeline, among: list[clips.Size], shift: float) -> tuple[float, ...]:
+def shifts(pipe: bundle.Pipeline, among: list[clips.Size], shift: float) -> tuple[float, ...]:
     """How far the noise levels of each size are moved: the given shift, or as the scheduler does when sampling."""
     s = pipe.scheduler
     if shift or not s.get("use_dynamic_shifting"):
@@ -111,9 +111,10 @@ def shifts(pipe: pipeline.Pipeline, among: list[clips.Size], shift: float) -> tu
 
 def batches(a: Any, family: Any, c: Any) -> clips.Batches:
     """The global batches of a run by number."""
-    samples, pipe = source(a), pipeline.load(a.model, ())
+    samples, pipe = source(a), bundle.load(a.model, ())
     moved = shifts(pipe, samples.sizes, a.clips.shift)
-    plan = clips.Plan(a.clips.batch or (a.batch,), a.accumulate, a.seed, a.clips.drop, diffusion.Times(a.clips.times), moved)
+    times = diffusion.Times(a.clips.times)
+    plan = clips.Plan(a.clips.batch or (a.batch,), a.accumulate, a.seed, a.clips.drop, times, moved)
     return clips.Batches(samples, plan, {"guidance": a.clips.guidance} if getattr(c, "guidance", False) else {})
 
 
@@ -129,14 +130,25 @@ def show(a: Any, family: Any, c: Any, params: Tree, step: int) -> None:
     prompts = [line.strip() for line in Path(a.questions).read_text().splitlines() if line.strip()][:12]
     pipe = trained(a, family, c, params)
     size = sizes(a.clips.sizes)[0] if a.clips.sizes else tuple(features.Ahead(a.data).said["sizes"][0])
-    rows = pipeline.gallery(pipe, prompts, size, a.out / "gallery", f"step-{step:08d}", seed=a.seed, fps=a.clips.fps)
     with (a.out / "gallery.jsonl").open("a") as f:
-        f.writelines(json.dumps({"step": step, **r, "file": str(Path(r["file"]).relative_to(a.out))}) + "\n" for r in rows)
+        for i, (prompt, x) in enumerate(zip(prompts, drawn(pipe, prompts, size, random.key(a.seed)))):
+            row = {"step": step, "prompt": prompt, "seed": a.seed}
+            file = gallery.save(a.out / "gallery" / f"step-{step:08d}-{i:02d}", x, row, round(a.clips.fps))
+            f.write(json.dumps(row | {"file": str(file.relative_to(a.out))}) + "\n")
 
 
-def trained(a: Any, family: Any, c: Any, params: Tree) -> pipeline.Pipeline:
+def drawn(pipe: bundle.Pipeline, prompts: list[str], size: clips.Size, key: Tensor, **how: Any) -> Tensor:
+    """Samples of prompts, pixels [B, 3, (T,) Y, X] in -1..1; how: as pipeline.plan takes it."""
+    noise = len(prompts), *pipeline.shape(pipe, *size[1:], frames=size[0])
+    made = pipeline.plan(pipe, noise, **how)
+    uncond = pipeline.texts(pipe, [""] * len(prompts)) if made.scale > 1 else None
+    x = pipeline.pixels(pipe, pipeline.sample(pipe, pipeline.texts(pipe, prompts), uncond, noise, key=key, made=made))
+    return x.expand(-1, 3, *x.shape[2:])
+
+
+def trained(a: Any, family: Any, c: Any, params: Tree) -> bundle.Pipeline:
     """The pipeline of the model folder with other weights of the transformer."""
-    return replace(pipeline.load(a.model, ("vae", "text")), transformer=Part(family, c, params))
+    return replace(bundle.load(a.model, ("vae", "text")), transformer=Part(family, c, params))
 
 
 def adapter(a: Any, family: Any, c: Any, params: Tree) -> None:
@@ -147,5 +159,5 @@ def adapter(a: Any, family: Any, c: Any, params: Tree) -> None:
 
 def export(a: Any, family: Any, c: Any, params: Tree) -> None:
     """A pipeline folder with the trained transformer, its other parts carried along."""
-    whole = pipeline.load(a.model, ())
-    pipeline.export(a.out / "export", replace(whole, transformer=Part(family, c, params)), like=a.model)
+    whole = bundle.load(a.model, ())
+    bundle.export(a.out / "export", replace(whole, transformer=Part(family, c, params)), like=a.model)
