@@ -46,7 +46,7 @@ def pair(family, c):
     )
     ref = getattr(transformers, said["architectures"][0])(made).to(torch.bfloat16)
     flat = tree.flatten(family.params(c))
-    theirs = {respelled(n, getattr(family, "SPELLINGS", {})): p.detach() for n, p in ref.named_parameters()}
+    theirs = {respelled(n, models.spellings(family, c)): p.detach() for n, p in ref.named_parameters()}
     loaded = keys.load(flat, keys.lookup(flat, models.table(family, c)), theirs.__getitem__)
     return ref, tree.unflatten(dict(loaded), family.params(c))
 

@@ -36,7 +36,7 @@ def load(
     family, c, params = models.load(folder, dtype)
     if adapter:
         params = lora.load(
-            adapter, family.params(c), params, models.table(family, c), getattr(family, "SPELLINGS", None)
+            adapter, family.params(c), params, models.table(family, c), models.spellings(family, c)
         )[1]
     return ready(family, c, params, processor.load(folder), backend)
 

@@ -142,12 +142,7 @@ def _there(folder: Path, name: str) -> Path:
 
 def _part(folder: Path, name: str, weights: bool, dtype: torch.dtype | None, device: str) -> Part:
     module, c = models.family(_there(folder, name))
-    if not weights:
-        return Part(module, c)
-    spellings = getattr(module, "SPELLINGS", {})
-    spellings = spellings(c) if callable(spellings) else spellings
-    return Part(module, c, hub.read(folder / name, module.params(c), models.table(module, c), spellings=spellings,
-                                    dtype=dtype, device=device))
+    return Part(module, c, models.load(folder / name, dtype, device)[2] if weights else None)
 
 
 def export(folder: Path, pipe: Pipeline, *, like: Path | None = None) -> None:

@@ -42,7 +42,7 @@ def bytes_of(pixels: Tensor) -> np.ndarray:
 
 
 def save(stem: Path, pixels: Tensor, said: dict, fps: int = 16) -> Path:
-    """Write pixels [3, Y, X] as stem.png, [3, T, Y, X] as stem.mp4 (even sides only), with what is said of them in it."""
+    """Write pixels [3, Y, X] as stem.png, [3, T, Y, X] as stem.mp4 (even sides only), with what is said of them."""
     x, text = bytes_of(pixels), json.dumps(said)
     file = stem.with_name(stem.name + (".png" if pixels.ndim == 3 else ".mp4"))
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -94,11 +94,8 @@ def _rate(rate: Schedule | float, step: Tensor) -> Tensor | float:
 
 
 def ema(rate: float = 0.9999) -> Transform:
-    """Keep a float32 running mean of the parameters; the last of a chain. averaged(state) reads it.
-
-    In update t = 1, 2, ... the mean keeps min(rate, t / (t + 9)) of what it was, so that it soon forgets the beginning.
-    """
-
+    """Keep a float32 running mean of the parameters; the last of a chain. averaged(state) reads it. Update t = 1, 2 ...
+    keeps min(rate, t / (t + 9)) of what it was, so that the mean soon forgets the beginning."""
     def update(g: Tensor, kept: Tree, p: Tensor, ctx: dict) -> tuple[Tensor, Tree]:
         t = ctx["step"].float() + 1
         return g, {"ema": torch.lerp(p.float() + g, kept["ema"], (t / (t + 9)).clamp(max=rate))}

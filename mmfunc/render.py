@@ -28,12 +28,14 @@ def task(pipe: Pipeline, prompt: str, **given: Any) -> dict[str, Any]:
     given: negative, seed, image (paths), video (a path), height, width, frames, fps, tile, references, and of HOW.
     """
     said, known = pipeline.defaults(pipe), {k: v for k, v in given.items() if v is not None}
-    images, video = [str(x) for x in known.pop("image", ())], known.pop("video", None)
+    images, video = known.pop("image", ()), known.pop("video", None)
+    images = [str(x) for x in ([images] if isinstance(images, (str, Path)) else images)]
+    video = str(video) if video else None
     size = dict(zip(("height", "width"), _size(pipe, images, video)))
     time = {k: said[k] for k in ("frames", "fps") if k in said}
     start = {"strength": said["strength"]} if video or (images and not _reads(pipe)) else {}
     made = {"prompt": prompt, "negative": "", "seed": 0, "true_guidance": 1.0, **size, **time, "steps": said["steps"],
-            "guidance": said["guidance"], **start, **known, "image": images, "video": str(video) if video else None}
+            "guidance": said["guidance"], **start, **known, "image": images, "video": video}
     made["inputs"] = {p: _digest(p) for p in (*images, video) if p}
     check(pipe, made)
     return made

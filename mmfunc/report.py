@@ -110,7 +110,7 @@ def sample(row: dict, root: Path) -> str:
 def shot(path: str, root: Path) -> str:
     """A picture of the gallery, made smaller where it is large, or a video that plays."""
     file = root / path
-    if not file.is_file() or file.stat().st_size > 16_000_000:
+    if not file.is_file() or file.suffix not in (".mp4", ".png", ".jpg") or file.stat().st_size > 16_000_000:
         return f'<div class="soft">{escape(path)} is not shown</div>'
     if file.suffix == ".mp4":
         data = base64.b64encode(file.read_bytes()).decode()

@@ -50,8 +50,8 @@ def check(folder: Path, family: str, c: object, params: tree.Tree) -> Table:
 def main(a: Args) -> None:
     family, c, params = models.load(a.model, DTYPES[a.dtype])
     if a.adapter:
-        spellings = getattr(family, "SPELLINGS", None)
-        params = lora.merge(lora.load(a.adapter, family.params(c), params, models.table(family, c), spellings)[1])
+        table, spelled = models.table(family, c), models.spellings(family, c)
+        params = lora.merge(lora.load(a.adapter, family.params(c), params, table, spelled)[1])
     Console().print(check(a.model, family.__name__.rpartition(".")[2], c, params))
     if a.out:
         hub.write(a.out, params, family.params(c), models.table(family, c), hub.config(a.model), like=a.model,

@@ -70,7 +70,8 @@ def pipelines(out: Path, key: Tensor) -> None:
     known = words(("<pad>", "</s>"), "</s>")
     said = prompts.Prompts(known, 0)
     encoder = partial(t5.Config, width=64, hidden=128, heads=4, k=16, layers=1, vocab=known.get_vocab_size())
-    glance = clip.Config(width=64, hidden=128, heads=4, layers=1, project=0, vocab=known.get_vocab_size(), tokens=8, eos=1)
+    glance = clip.Config(width=64, hidden=128, heads=4, layers=1, project=0, vocab=known.get_vocab_size(), tokens=8,
+                         eos=1)
     image = flux.Config(width=96, heads=4, layers=2, single=2, channels=1, text=64, pooled=64, guidance=False,
                         axes=(4, 10, 10))
     video = wan.Config(width=96, hidden=288, heads=4, layers=4, channels=1, text=64, time=64, patch=(1, 4, 4))
@@ -86,11 +87,11 @@ def main(a: Args) -> None:
     g = torch.Generator().manual_seed(a.seed)
     x, y, _, _ = scans()
     one = torch.randint(len(x), (a.pictures,), generator=g)
-    files = save(vary(x[one], 8, g, 0.3, 0.0), a.out / "drawings" / "train", "drawing")
+    files = save(vary(x[one], 8, g, 0.5, 0.0), a.out / "drawings" / "train", "drawing")
     rows = [{"file_name": f, "text": f"a handwritten {NAMES[d]}"} for f, d in zip(files, y[one].tolist())]
     (a.out / "drawings" / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     one, way = torch.randint(len(x), (a.clips,), generator=g), torch.randint(4, (a.clips,), generator=g)
-    shown = moving(vary(x[one], 8, g, 0.3, 0.0).clamp(0, 1), way)
+    shown = moving(vary(x[one], 8, g, 0.5, 0.0).clamp(0, 1), way)
     folder, rows = a.out / "clips", []
     (folder / "train").mkdir(parents=True, exist_ok=True)
     for i, (film, d, w) in enumerate(zip(shown, y[one].tolist(), way.tolist())):

@@ -71,9 +71,8 @@ def tasks(a: Args, pipe: pipeline.Pipeline) -> list[dict]:
     names = ("negative", "image", "video", "strength", "frames", "fps", "steps", "guidance", "true_guidance", "shift",
              "solver", "references", "tile", "backend")
     given = {n: getattr(a, n) for n in names} | size
-    seeds = range(a.seed, sys.maxsize)
-    asked = [(r, seeds[i * a.repeat + n]) for i, r in enumerate(rows(a)) for n in range(a.repeat)]
-    return [render.task(pipe, **given | {"seed": seed} | r) for r, seed in asked]
+    asked = [(r, r.get("seed", a.seed + i * a.repeat) + n) for i, r in enumerate(rows(a)) for n in range(a.repeat)]
+    return [render.task(pipe, **given | r | {"seed": seed}) for r, seed in asked]
 
 
 def main(a: Args) -> None:
@@ -81,9 +80,11 @@ def main(a: Args) -> None:
     if not a.again and a.model is None:
         raise ValueError("give a --model, or a file to make --again")
     source = {"model": str(a.model or kept["model"]), "lora": str(a.lora) if a.lora else kept.get("lora"),
-              "dtype": kept.get("dtype", a.dtype)}
+              "dtype": kept.get("dtype", a.dtype), "device": kept.get("device", a.device),
+              "threads": kept.get("threads", torch.get_num_threads())}
+    torch.set_num_threads(source["threads"])  # it may decide the last bits on a CPU
     low = torch.bfloat16 if source["dtype"] == "bf16" else torch.float32
-    pipe = pipeline.load(Path(source["model"]), device=a.device, dtype={
+    pipe = pipeline.load(Path(source["model"]), device=source["device"], dtype={
         "transformer": low, "text": low, "vae": torch.float32, "image": torch.float32})
     pipe = pipeline.adapted(pipe, Path(source["lora"])) if source["lora"] else pipe
     todo = [{k: v for k, v in kept.items() if k not in (*source, "versions")}] if kept else tasks(a, pipe)

@@ -58,7 +58,7 @@ def published(name: str) -> dict[str, Tensor]:
     """The reference's parameters under published names."""
     from mmfunc.hub import respelled
 
-    spellings = getattr(config(name)[0], "SPELLINGS", {})
+    spellings = models.spellings(*config(name))
     return {respelled(n, spellings): p for n, p in reference(name).named_parameters()}
 
 

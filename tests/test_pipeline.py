@@ -1,6 +1,7 @@
 """Whole pipelines against diffusers: prompts through the tokenizers, the same noise, pixels in the end."""
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -16,7 +17,7 @@ from test_vaes import reference as autoencoder
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as token_models
 
-from mmfunc import gallery, pipeline, random, tree
+from mmfunc import gallery, models, pipeline, random, sampler, tree
 
 WORDS = "a photo of an astronaut riding a horse on mars , it's film the cat is red blurry low quality".split()
 PROMPTS = ["a photo of the cat", "an astronaut riding a horse on mars , film"]
@@ -220,3 +221,253 @@ def test_flux_kontext(saved):
                                            max_sequence_length=16, _auto_resize=False).images
     z = pipeline.latents(pipe, gallery.resized(image, 20, 28)[None])
     close(run(pipe, noise, pipeline.texts(pipe, PROMPTS[:1]) | {"image_latents": [z]}), wanted)
+
+
+@pytest.mark.parametrize("solver", ["flow_euler", "dpm", "unipc"])
+def test_another_sampler_and_shift(solver, saved):
+    folder, pipe = saved("WanPipeline")
+    ref, noise = theirs("WanPipeline"), draw(1, 4, 2, 4, 6)
+    flow = FLOW | {"flow_shift": 2.0}
+    ref.scheduler, was = {"flow_euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0),
+                          "dpm": lambda: diffusers.DPMSolverMultistepScheduler(**flow),
+                          "unipc": lambda: diffusers.UniPCMultistepScheduler(**flow)}[solver](), ref.scheduler
+    wanted = ref(PROMPTS[:1], NEGATIVE[:1], 32, 48, 5, 4, 5.0, latents=noise).frames
+    ref.scheduler = was
+    cond, uncond = pipeline.texts(pipe, PROMPTS[:1]), pipeline.texts(pipe, NEGATIVE[:1])
+    mine = run(pipe, noise, cond, uncond, solver=solver, shift=2.0)
+    close(mine, wanted)
+    assert (mine - run(pipe, noise, cond, uncond)).abs().max() > 1e-2
+
+
+def test_a_dynamic_shift_is_the_same_for_other_samplers(saved):
+    """flow_heun's first step equals that of Euler's method at the same times; dpm of order 1 is Euler's method."""
+    folder, pipe = saved("FluxPipeline")
+    size, mu = (1, 16, 8, 12), 0.5 + (1.15 - 0.5) / (4096 - 256) * (24 - 256)
+    ours = {n: pipeline.plan(pipe, size, steps=4, solver=n).table for n in (None, "flow_euler", "unipc", "flow_heun")}
+    assert torch.equal(ours[None].timesteps, ours["flow_euler"].timesteps)
+    shifted = lambda s: np.exp(mu) / (np.exp(mu) + 1 / s - 1)
+    assert np.allclose(ours[None].timesteps, 1000 * shifted(np.linspace(1, 0.25, 4)), atol=1e-2)
+    fixed = pipeline.plan(pipe, size, steps=4, mu=mu).table.timesteps
+    assert torch.allclose(ours[None].timesteps, fixed)
+    assert abs(ours["unipc"].timesteps[1] / 1000 - shifted(0.75)) < 2e-3
+    with pytest.raises(ValueError, match="no sampler 'ddim' of flows; there are flow_euler, flow_heun, unipc, dpm"):
+        pipeline.plan(pipe, size, solver="ddim")
+
+
+# folders
+
+
+def same(a, b):
+    mine, wanted = a.state_dict(), b.state_dict()
+    return mine.keys() == wanted.keys() and all(torch.equal(v, wanted[k]) for k, v in mine.items())
+
+
+@pytest.mark.parametrize("kind", ["WanImageToVideoPipeline", "FluxPipeline"])
+def test_folders_go_both_ways(kind, saved, tmp_path):
+    folder, pipe = saved(kind)
+    (tmp_path / "b" / "old").mkdir(parents=True)
+    pipeline.export(tmp_path / "b", pipe)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b"] and not (tmp_path / "b" / "old").exists()
+    again, ref = getattr(diffusers, kind).from_pretrained(tmp_path / "b"), theirs(kind)
+    models = [n for n, v in ref.components.items() if isinstance(v, torch.nn.Module)]
+    assert len(models) == 4 and all(same(getattr(again, n), getattr(ref, n)) for n in models)
+    for n in ("tokenizer", "tokenizer_2"):
+        if n in ref.components:
+            assert getattr(again, n)(PROMPTS)["input_ids"] == getattr(ref, n)(PROMPTS)["input_ids"]
+    assert again.scheduler.config.items() >= {k: v for k, v in ref.scheduler.config.items() if k[0] != "_"}.items()
+    back = pipeline.load(tmp_path / "b")
+    assert all(torch.equal(x, y) for x, y in zip(tree.leaves(pipe.transformer.params),
+                                                 tree.leaves(back.transformer.params)))
+    assert back.lengths == pipe.lengths and back.scheduler == pipe.scheduler
+
+
+def test_one_part_is_trained_and_the_others_are_carried(saved, tmp_path):
+    folder, _ = saved("FluxPipeline")
+    pipe = pipeline.load(folder, ["transformer"], torch.bfloat16)
+    assert pipe.vae.params is None and pipe.text == () and pipe.lengths == ()
+    assert all(t.dtype == torch.bfloat16 for t in tree.leaves(pipe.transformer.params))
+    doubled = replace(pipe.transformer, params=tree.map(lambda t: 2 * t.float(), pipe.transformer.params))
+    pipeline.export(tmp_path / "b", replace(pipe, transformer=doubled))
+    again = diffusers.FluxPipeline.from_pretrained(tmp_path / "b")
+    for n in ("vae", "text_encoder", "text_encoder_2"):
+        assert same(getattr(again, n), getattr(theirs("FluxPipeline"), n))
+    assert torch.equal(again.transformer.proj_out.weight,
+                       2 * theirs("FluxPipeline").transformer.proj_out.weight.bfloat16().float())
+    with pytest.raises(ValueError, match=r"the vae of .* is not loaded: load\(..., parts=\['vae'\]\)"):
+        pipeline.pixels(pipe, draw(1, 16, 8, 8))
+    with pytest.raises(ValueError, match="the text of .* is not loaded"):
+        pipeline.texts(pipe, ["x"])
+    mixed = pipeline.load(folder, ("transformer", "vae"), {"transformer": torch.bfloat16})
+    assert {t.dtype for t in tree.leaves(mixed.vae.params)} == {torch.float32}
+    assert pipeline.latents(mixed, draw(1, 3, 16, 16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["WanImageToVideoPipeline", "FluxKontextPipeline"])
+def test_from_scratch_to_a_folder_that_diffusers_runs(kind, saved, tmp_path):
+    """Random weights, and the tokenizers of another pipeline written as our own files."""
+    _, pipe = saved(kind)
+    bare = lambda part: replace(part, params=None) if part else None
+    made = pipeline.scratch(kind, bare(pipe.transformer), bare(pipe.vae), [(bare(p), w) for p, w in pipe.text],
+                            bare(pipe.image), key=random.key(0), limits=(pipe.lengths if "Flux" in kind else ()))
+    full = tree.init(tree.map(lambda p: replace(p, init=tree.normal(0.2)), made.transformer.family.params(
+        made.transformer.config)), random.key(1))
+    made = replace(made, transformer=replace(made.transformer, params=full))
+    assert made.lengths == pipe.lengths
+    pipeline.export(tmp_path / "a", made)
+    ref = getattr(diffusers, kind).from_pretrained(tmp_path / "a")
+    ref.set_progress_bar_config(disable=True)
+    back = pipeline.load(tmp_path / "a")
+    if kind.startswith("Wan"):
+        noise, image = draw(1, 4, 2, 4, 6), picture(32, 48)
+        wanted = ref(image, PROMPTS[:1], None, 32, 48, 5, 2, 1.0, latents=noise).frames
+        cond = pipeline.conditions(back, gallery.resized(image, 32, 48)[None], 5)
+        z = pipeline.sample(back, pipeline.texts(back, PROMPTS[:1]) | cond, None, noise, steps=2, guidance=1.0)
+    else:
+        noise = draw(1, 16, 8, 12)
+        wanted = ref(None, PROMPTS[:1], height=16, width=24, num_inference_steps=2, max_area=384, guidance_scale=2.5,
+                     latents=packed(noise), output_type="np", max_sequence_length=16).images
+        z = pipeline.sample(back, pipeline.texts(back, PROMPTS[:1]), None, noise, steps=2)
+    x, wanted = pipeline.pixels(back, z), torch.as_tensor(np.asarray(wanted)).movedim(-1, 1) * 2 - 1
+    assert (x - wanted).abs().max() < 1e-4 and x.std() > 1e-3
+
+
+def test_pixels_in_place_of_latents(saved, tmp_path):
+    _, pipe = saved("WanPipeline")
+    c = replace(pipe.transformer.config, channels=3)
+    made = pipeline.scratch("WanPipeline", pipeline.Part(pipe.transformer.family, c), None, pipe.text, key=random.key(0))
+    pipeline.export(tmp_path / "a", made)
+    assert json.loads((tmp_path / "a" / "model_index.json").read_text())["vae"] == [None, None]
+    back = pipeline.load(tmp_path / "a")
+    assert back.vae is None and pipeline.shape(back, 10, 14, 3) == (3, 3, 10, 14)
+    x = draw(1, 3, 3, 10, 14)
+    assert torch.equal(pipeline.latents(back, x), x) and torch.equal(pipeline.pixels(back, x), x.clamp(-1, 1))
+    z = pipeline.sample(back, pipeline.texts(back, ["cat"]), None, x.shape, steps=2, guidance=1.0, key=random.key(1))
+    assert z.shape == x.shape and z.isfinite().all()
+
+
+def test_adapters_of_diffusers(saved, tmp_path):
+    from diffusion_references import adapters
+    folder, pipe = saved("FluxPipeline")
+    ref = diffusers.FluxPipeline.from_pretrained(folder)
+    ref.set_progress_bar_config(disable=True)
+    adapters(ref.transformer, ["to_q", "to_v"], {}, {})
+    from peft.utils import get_peft_model_state_dict
+    diffusers.FluxPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(ref.transformer))
+    noise = draw(1, 16, 8, 12)
+    z = pipeline.sample(pipeline.adapted(pipe, tmp_path), pipeline.texts(pipe, PROMPTS[:1]), None, noise, steps=2)
+    ref.load_lora_weights(tmp_path, adapter_name="again")
+    ref.set_adapters(["again"])
+    wanted = ref(PROMPTS[:1], height=16, width=24, num_inference_steps=2, latents=packed(noise), output_type="latent",
+                 max_sequence_length=16).images
+    assert (packed(z) - wanted).abs().max() < 1e-4
+    plain = pipeline.sample(pipe, pipeline.texts(pipe, PROMPTS[:1]), None, noise, steps=2)
+    assert (z - plain).abs().max() > 1e-2
+
+
+# properties
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(saved):
+    """To the bit: features, latents and their noise, pixels, noise of a key."""
+    _, wan_pipe = saved("WanImageToVideoPipeline")
+    _, flux_pipe = saved("FluxPipeline")
+    for pipe, x in ((wan_pipe, draw(3, 3, 5, 32, 48)), (flux_pipe, draw(3, 3, 16, 24))):
+        all_of, one = pipeline.texts(pipe, [*PROMPTS, "cat"]), pipeline.texts(pipe, PROMPTS[1:])
+        assert all(torch.equal(v[1:2], one[k]) for k, v in all_of.items())
+        key = random.key(4)
+        z = pipeline.latents(pipe, x, key)
+        assert torch.equal(z[:1], pipeline.latents(pipe, x[:1], key))
+        assert torch.equal(z[1:2], pipeline.latents(pipe, x[1:2], random.split(key)[1:]))
+        mode = pipeline.latents(pipe, x)
+        assert torch.equal(mode[2:], pipeline.latents(pipe, x[2:])) and not torch.equal(mode, z)
+        assert torch.equal(pipeline.pixels(pipe, z)[1:2], pipeline.pixels(pipe, z[1:2]))
+    seen = pipeline.conditions(wan_pipe, draw(2, 3, 32, 48), 5)
+    alone = pipeline.conditions(wan_pipe, draw(2, 3, 32, 48)[1:], 5)
+    assert all(torch.equal(v[1:], alone[k]) for k, v in seen.items())
+
+
+def test_compiled_sampling_is_one_graph_and_equal(saved):
+    _, pipe = saved("WanPipeline")
+    cond, uncond, told = pipeline.texts(pipe, PROMPTS), pipeline.texts(pipe, NEGATIVE), []
+    made = pipeline.plan(pipe, (2, 4, 2, 4, 6), steps=3, backend="aot_eager")
+    for seed in (0, 1):
+        how = {"key": random.key(seed), "noise": (2, 4, 2, 4, 6)}
+        z = pipeline.sample(pipe, cond, uncond, made=made, tell=lambda i, n: told.append((i, n)), **how)
+        wanted = pipeline.sample(pipe, cond, uncond, steps=3, **how)
+        assert (z - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert len(made.call.entries) == 1 and told == [(1, 3), (2, 3), (3, 3)] * 2
+
+
+def test_what_a_prompt_loses_is_told(saved):
+    """One warning that counts; strict: an error where no encoder reads all of it."""
+    _, wan_pipe = saved("WanPipeline")
+    _, pipe = saved("FluxPipeline")
+    with pytest.warns(UserWarning) as told:
+        found = pipeline.texts(pipe, ["cat", "a photo of the cat " * 5, "the cat " * 7])
+    assert len(told) == 1 and found["encoder_hidden_states"].shape[1] == 16
+    assert "2 of 3 prompts are longer than the 12 tokens of text_encoder and lose up to 15; 1 of 3" in str(told[0].message)
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline.texts(wan_pipe, PROMPTS)
+    with pytest.warns(UserWarning, match="1 of 1 prompts are longer than the 12 tokens of text_encoder and lose up to 4"):
+        pipeline.texts(pipe, ["the cat " * 7], strict=True)  # text_encoder_2 reads it to its end
+    with pytest.raises(ValueError, match="1 of 2 prompts are longer than the 4 tokens of text_encoder and lose up to 1"):
+        pipeline.texts(wan_pipe, ["cat", "a photo of cat"], 4, strict=True)
+    assert pipeline.texts(wan_pipe, ["cat"], 7)["encoder_hidden_states"].shape == (1, 7, 24)
+
+
+def test_what_does_not_fit_is_told(saved, tmp_path):
+    folder, pipe = saved("FluxPipeline")
+    _, video = saved("WanImageToVideoPipeline")
+    _, plain = saved("WanPipeline")
+    for said, match in (({"_class_name": "SanaPipeline"}, "'SanaPipeline' are not known; there are WanPipeline"),
+                        ({"_class_name": "WanPipeline", "boundary_ratio": 0.9}, "has boundary_ratio"),
+                        ({}, "has no _class_name")):
+        (tmp_path / "model_index.json").write_text(json.dumps(said))
+        with pytest.raises(ValueError, match=match):
+            pipeline.load(tmp_path)
+    shutil.copytree(folder, tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "text_encoder_2")
+    with pytest.raises(FileNotFoundError, match="lacks text_encoder_2/, which its model_index.json names"):
+        pipeline.load(tmp_path / "a")
+    assert pipeline.load(tmp_path / "a", ["vae"]).vae.params
+    with pytest.raises(FileNotFoundError, match="lacks text_encoder_2/"):
+        pipeline.export(tmp_path / "b", pipeline.load(tmp_path / "a", ["vae"]))
+    assert not (tmp_path / "b").exists() and not list(tmp_path.glob(".b*"))
+    with pytest.raises(ValueError, match="no part unet; it has transformer, vae, text, image"):
+        pipeline.load(folder, ["unet"])
+    with pytest.raises(FileNotFoundError, match="no model_index.json; give the folder of a whole"):
+        pipeline.load(folder / "vae")
+    with pytest.raises(ValueError, match="10 frames: there must be 4k [+] 1, such as 9"):
+        pipeline.shape(video, 48, 80, 10)
+    with pytest.raises(ValueError, match="50 x 80 pixels: .* multiples of 16 and 16, such as 48 x 80"):
+        pipeline.shape(video, 50, 80, 9)
+    with pytest.raises(ValueError, match="such as 16 x 4"):
+        pipeline.shape(pipe, 17, 1)
+    with pytest.raises(ValueError, match="guidance 5.0 needs the features of a negative prompt"):
+        pipeline.sample(plain, {}, None, draw(1, 4, 2, 4, 6))
+    with pytest.raises(ValueError, match="takes no first frame: its transformer has no channels"):
+        pipeline.conditions(plain, draw(1, 3, 32, 48), 5)
+    with pytest.raises(ValueError, match="takes no last frame: its transformer has no places"):
+        pipeline.conditions(video, draw(1, 3, 32, 48), 5, draw(1, 3, 32, 48))
+    z = draw(2, 16, 8, 12)
+    z[1, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="latents of 'cat', seed 7 are not finite"):
+        pipeline.pixels(pipe, z, names=["'dog', seed 6", "'cat', seed 7"])
+
+
+def test_presets_go_with_parts_that_fit():
+    for family in ("wan", "flux"):
+        for name, row in models.get(f"{family}:tiny")[0].PARTS.items():
+            c, vae = models.get(f"{family}:{name}")[1], models.get(row["vae"])[1]
+            widths = [models.get(n)[1].width for n in row["text"]]
+            assert vae.latent == c.channels and widths[-1] == c.text and widths[0] == getattr(c, "pooled", c.text)
+            assert ("image" in row) == bool(getattr(c, "condition", 0))
+            assert "image" not in row or models.get(row["image"])[1].width == c.image
+            pipe = pipeline.Pipeline(None, row["kind"], pipeline.Part(models.get(f"{family}:{name}")[0], c),
+                                     pipeline.Part(models.get(row["vae"])[0], vae), (), None,
+                                     sampler.to_config(row["sampler"][0], **row["sampler"][1]))
+            assert pipeline.defaults(pipe)["length"] == row["length"]
+            size = pipeline.shape(pipe, *row["size"], row.get("frames"))
+            assert pipeline.plan(pipe, size).table.name == row["sampler"][0] and len(size) == 4 - (family == "flux")

@@ -53,15 +53,17 @@ def table(module: ModuleType, c: Any) -> keys.Table:
     return module.KEYS(c) if callable(module.KEYS) else module.KEYS
 
 
+def spellings(module: ModuleType, c: Any) -> dict[str, str]:
+    """Other prefixes of those names, and what they stand for."""
+    found = getattr(module, "SPELLINGS", {})
+    return found(c) if callable(found) else found
+
+
 def load(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[ModuleType, Any, Tree]:
     """(family, Config, parameters) of a hub folder; dtype None keeps that of the file."""
     module, c = family(folder)
-    spellings = getattr(module, "SPELLINGS", {})
-    return (
-        module,
-        c,
-        hub.read(folder, module.params(c), table(module, c), spellings=spellings, dtype=dtype, device=device),
-    )
+    return module, c, hub.read(folder, module.params(c), table(module, c), spellings=spellings(module, c), dtype=dtype,
+                               device=device)
 
 
 def export(folder: Path, module: ModuleType, c: Any, params: Tree, *, like: Path | None = None,

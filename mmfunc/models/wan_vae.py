@@ -51,14 +51,14 @@ def Norm(d: int, axes: int) -> Tree:
 
 
 def Resnet(d: int, f: int) -> Tree:
-    tree = {"norm1": Norm(d, 3), "conv1": nn.Conv(d, f, (3, 3, 3)), "norm2": Norm(f, 3),
-            "conv2": nn.Conv(f, f, (3, 3, 3))}
-    return tree if d == f else tree | {"skip": nn.Conv(d, f, (1, 1, 1))}
+    skip = {} if d == f else {"skip": nn.Conv(d, f, (1, 1, 1))}
+    conv1, conv2 = nn.Conv(d, f, (3, 3, 3)), nn.Conv(f, f, (3, 3, 3))
+    return {"norm1": Norm(d, 3), "conv1": conv1, "norm2": Norm(f, 3), "conv2": conv2} | skip
 
 
 def Middle(d: int) -> list:
-    attention = {"norm": Norm(d, 2), "qkv": nn.Conv(d, 3 * d, (1, 1)), "out": nn.Conv(d, d, (1, 1))}
-    return [Resnet(d, d), attention, Resnet(d, d)]
+    return [Resnet(d, d), {"norm": Norm(d, 2), "qkv": nn.Conv(d, 3 * d, (1, 1)), "out": nn.Conv(d, d, (1, 1))},
+            Resnet(d, d)]
 
 
 def Ladder(d: int, widths: list[int], blocks: int, time: tuple[bool, ...], resize: str) -> list:
@@ -130,16 +130,14 @@ def up(p: Tree, x: Tensor, past: Tree) -> tuple[Tensor, Tree]:
     return nn.double(p["up"], x), later
 
 
-def single(p: Tree, x: Tensor, past: Tree) -> tuple[Tensor, Tree]:
+def edge(p: Tree, x: Tensor, past: Tree) -> tuple[Tensor, Tree]:
+    """The first convolution, or the last one behind its norm."""
+    p, x = (p["conv"], silu(norm(p["norm"], x))) if "norm" in p else (p, x)
     x, later = nn.causal(p, x, past.get("conv"))
     return x, {"conv": later}
 
 
-def out(p: Tree, x: Tensor, past: Tree) -> tuple[Tensor, Tree]:
-    return single(p["conv"], silu(norm(p["norm"], x)), past)
-
-
-KINDS = {"conv1": resnet, "qkv": attention, "down": down, "up": up, "conv": out, "weight": single}
+KINDS = {"conv1": resnet, "qkv": attention, "down": down, "up": up, "conv": edge, "weight": edge}
 
 
 def block(p: Tree, c: Config, x: Tensor, ctx: Tree, entry: Tree | None = None) -> Any:
@@ -289,8 +287,8 @@ def config(hub: dict) -> Config:
                           ("out_channels", hub.get("in_channels", 3))):
         if hub.get(name, allowed) != allowed:
             raise ValueError(f"{name} {hub[name]!r} is not supported; wan_vae (of Wan2.1) takes {allowed!r}")
-    own = {ours: hub[theirs] for ours, theirs in HUB.items() if theirs in hub}
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+    fixed = lambda v: tuple(v) if isinstance(v, list) else v
+    return Config(**{ours: fixed(hub[theirs]) for ours, theirs in HUB.items() if theirs in hub})
 
 
 def hub(c: Config) -> dict:

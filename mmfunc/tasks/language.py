@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmfunc import answer, data, lora, models, processor, random, records, tree
+from mmfunc import answer, data, lora, models, processor, records, tree
 from mmfunc.tree import Tree
 
 LORA = r"^blocks\..*\.(q|k|v|out|gate|up|down)$"  # rule over names of dense maps
