@@ -1,5 +1,5 @@
 # make demo: train, ask and evaluate a vision-language model on scanned digits.  make test: the tests.
-# make deep: tests that take minutes.
+# make drawings: train a small FLUX and a small Wan on digits, and judge their samples.  make deep: tests that take minutes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 # threads that wait must not spin: beside any other process that makes a step fifty times slower
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test deep clean
+.PHONY: demo drawings test deep clean
 .DELETE_ON_ERROR:
 
 $(VENV)/core: pyproject.toml
@@ -30,6 +30,11 @@ demo: $(VENV)/core
 	mkdir -p $(TMPDIR)
 	rm -rf $(RUN)
 	PYTHON=$(BIN)/python sh programs/demo.sh $(RUN)
+
+drawings: $(VENV)/core
+	mkdir -p $(TMPDIR)
+	rm -rf runs/drawings
+	PYTHON=$(BIN)/python sh programs/drawings.sh runs/drawings
 
 test: $(VENV)/test
 	mkdir -p $(TMPDIR)

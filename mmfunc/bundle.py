@@ -57,7 +57,7 @@ def load(folder: Path, parts: Collection[str] | None = None, dtype: torch.dtype 
     if transformer.family is not recipe.family:
         raise ValueError(f"{folder} is a {index['_class_name']}; its transformer cannot be of the family "
                          f"{transformer.family.__name__.rpartition('.')[2]}")
-    chosen = [e for e in recipe.text if "text" in wanted and there(e.folder)]
+    chosen = recipe.text if "text" in wanted and all(there(e.folder) for e in recipe.text) else ()
     text = tuple((read(e.folder, "text"), prompts.load(_there(folder, e.tokenizer))) for e in chosen)
     image = recipe.image and there("image_encoder") and ("image" in wanted or (folder / "image_encoder").is_dir())
     pipe = Pipeline(folder, index["_class_name"], transformer, read("vae", "vae") if there("vae") else None, text,
@@ -141,8 +141,8 @@ def _there(folder: Path, name: str) -> Path:
 
 
 def _part(folder: Path, name: str, weights: bool, dtype: torch.dtype | None, device: str) -> Part:
-    module, c = models.family(_there(folder, name))
-    return Part(module, c, models.load(folder / name, dtype, device)[2] if weights else None)
+    at = _there(folder, name)
+    return Part(*models.load(at, dtype, device)) if weights else Part(*models.family(at))
 
 
 def export(folder: Path, pipe: Pipeline, *, like: Path | None = None) -> None:
@@ -155,9 +155,12 @@ def export(folder: Path, pipe: Pipeline, *, like: Path | None = None) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     index = _index(Path(source)) if source else _made(pipe)
     given = {name: part for name, part in _parts(pipe).items() if part.params is not None}
+    there = {n for n, v in index.items() if isinstance(v, list) and v[0] is not None}
+    if odd := given.keys() - there or ({"vae"} & there if pipe.vae is None else set()):
+        raise ValueError(f"{source} and this pipeline differ: only one of them has {', '.join(sorted(odd))}")
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        for name in (n for n, v in index.items() if isinstance(v, list) and v[0] is not None):
+        for name in sorted(there):
             if name in given:
                 _write(temporary / name, given[name], Path(source) / name if source else None)
             elif name == "scheduler":

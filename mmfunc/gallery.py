@@ -36,9 +36,9 @@ def clip(file: Path, frames: int, height: int, width: int, fps: float) -> Tensor
 
 
 def bytes_of(pixels: Tensor) -> np.ndarray:
-    """Pixels [3, (T,) Y, X] in -1..1 as uint8 [(T,) Y, X, 3]."""
+    """Pixels [3, (T,) Y, X] in -1..1 as uint8 [(T,) Y, X, 3]; one channel is grey."""
     x = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return x.movedim(0, -1).cpu().numpy()
+    return x.expand(3, *x.shape[1:]).movedim(0, -1).cpu().numpy()
 
 
 def save(stem: Path, pixels: Tensor, said: dict, fps: int = 16) -> Path:

@@ -44,7 +44,9 @@ Backend = Literal["inductor", "eager", "aot_eager"]
 OPTIONS = {  # of the backends
     # Inductor would move the products that give gradients to the end of a graph that holds both passes, and so keep
     # what they are made of: with remat that is up to five times the memory
-    "inductor": {"reorder_for_locality": False},
+    "inductor": {"reorder_for_locality": False,
+                 # leaves of an update share a few scalars only; to try each pair of them costs minutes of a compilation
+                 "max_fusion_buffer_group_pairwise_attempts": 8},
 }
 
 

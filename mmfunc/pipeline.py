@@ -73,13 +73,13 @@ def _warn(names: Sequence[str], lengths: Sequence[int], lost: list[list[int]], s
     if strict and any(min(cuts) for cuts in lost):
         raise ValueError(found)
     if found:
-        warnings.warn(found, stacklevel=3)
+        warnings.warn(found, stacklevel=4)  # past torch.no_grad's frame
 
 
 @torch.no_grad()
-def conditions(pipe: Pipeline, first: Tensor, frames: int, last: Tensor | None = None) -> dict[str, Tensor]:
+def conditions(pipe: Pipeline, first: Tensor, frames: int, last: Tensor | None = None, **how: Any) -> dict[str, Tensor]:
     """What image-to-video models see of a first (and last) frame [B, 3, Y, X] in -1..1: condition [B, 20, T, Y, X],
-    a mask above latents, and where CLIP looks encoder_hidden_states_image [B, L, D]."""
+    a mask above latents, and where CLIP looks encoder_hidden_states_image [B, L, D]. how: as latents takes it."""
     c = pipe.transformer.config
     if not c.condition or (last is not None and c.image and not c.places):
         raise ValueError(f"this {pipe.kind} takes no {'last' if c.condition else 'first'} frame: its transformer has "
@@ -89,7 +89,7 @@ def conditions(pipe: Pipeline, first: Tensor, frames: int, last: Tensor | None =
     seen = first.new_zeros(1, 1, frames, 1, 1)
     for at, frame in zip((0, frames - 1), known):
         video[:, :, at], seen[:, :, at] = frame, 1
-    z = latents(pipe, video)
+    z = latents(pipe, video, **how)
     n = pipe.vae.config.frames if pipe.vae else 1  # the first frame has a latent of its own
     seen = torch.cat([seen[:, :, :1].expand(-1, -1, n, -1, -1), seen[:, :, 1:]], 2).unflatten(2, (-1, n))
     mask = seen[:, 0].transpose(1, 2).expand(len(z), -1, -1, *z.shape[3:]).to(z)

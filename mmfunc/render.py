@@ -64,6 +64,8 @@ def _digest(path: str) -> str:
 def check(pipe: Pipeline, t: dict[str, Any]) -> None:
     """What cannot be made is a ValueError before anything runs."""
     recipe = recipes.of(pipe.kind)
+    if odd := [n for n in ("frames", "fps") if n in t and n not in pipeline.defaults(pipe)]:
+        raise ValueError(f"{pipe.kind} makes pictures; they have no {' and no '.join(odd)}")
     pipeline.shape(pipe, t["height"], t["width"], t.get("frames"))
     if recipe.image and not 1 <= len(t["image"]) <= 2:
         raise ValueError(f"{pipe.kind} needs an image, its first frame, and may have a second, its last")
@@ -77,6 +79,8 @@ def check(pipe: Pipeline, t: dict[str, Any]) -> None:
     if t["negative"] and scale <= 1:
         raise ValueError(f"a negative prompt is not read at {'true ' if recipe.embedded else ''}guidance {scale}; give "
                          "more than 1")
+    if t.get("strength") is not None and not (t["image"] or t["video"]):
+        raise ValueError("a strength is given, but neither an image nor a video to begin with")
     if changed := [p for p, digest in t["inputs"].items() if _digest(p) != digest]:
         raise ValueError(f"{changed[0]} is not the file that it was when this was first made")
 
@@ -94,7 +98,7 @@ def make(pipe: Pipeline, t: dict[str, Any], plans: dict | None = None,
     sides = t.get("frames"), t["height"], t["width"]
     cond, start = pipeline.texts(pipe, [t["prompt"]]), None
     if recipe.image:
-        cond |= pipeline.conditions(pipe, look(t["image"][0]), t["frames"], *map(look, t["image"][1:]))
+        cond |= pipeline.conditions(pipe, look(t["image"][0]), t["frames"], *map(look, t["image"][1:]), **tile)
     elif t["image"] and _reads(pipe):
         cond |= {"image_latents": [pipeline.latents(pipe, _reference(pipe, p, t), **tile) for p in t["image"]]}
     elif t["image"] or t["video"]:

@@ -134,9 +134,9 @@ def run(pipe, noise, cond, uncond=None, **how):
 
 def test_wan_from_text(saved):
     folder, pipe = saved("WanPipeline")
-    noise = draw(2, 4, 3, 6, 10)
-    wanted = theirs("WanPipeline")(PROMPTS, NEGATIVE, 48, 80, 9, 4, 5.0, latents=noise).frames
-    cond, uncond = pipeline.texts(pipe, PROMPTS), pipeline.texts(pipe, NEGATIVE)
+    noise, said = draw(2, 4, 3, 6, 10), [" the&nbsp;cat  &amp;amp; mars\n", PROMPTS[1]]
+    wanted = theirs("WanPipeline")(said, NEGATIVE, 48, 80, 9, 4, 5.0, latents=noise).frames
+    cond, uncond = pipeline.texts(pipe, said), pipeline.texts(pipe, NEGATIVE)
     assert cond["encoder_hidden_states"].shape == (2, 512, 24)
     close(run(pipe, noise, cond, uncond), wanted)
 
@@ -337,6 +337,8 @@ def test_pixels_in_place_of_latents(saved, tmp_path):
     made = pipeline.scratch("WanPipeline", pipeline.Part(pipe.transformer.family, c), None, pipe.text, key=random.key(0))
     pipeline.export(tmp_path / "a", made)
     assert json.loads((tmp_path / "a" / "model_index.json").read_text())["vae"] == [None, None]
+    with pytest.raises(ValueError, match="only one of them has vae"):
+        pipeline.export(tmp_path / "b", made, like=saved("WanPipeline")[0])
     back = pipeline.load(tmp_path / "a")
     assert back.vae is None and pipeline.shape(back, 10, 14, 3) == (3, 3, 10, 14)
     x = draw(1, 3, 3, 10, 14)
@@ -362,6 +364,14 @@ def test_adapters_of_diffusers(saved, tmp_path):
     assert (packed(z) - wanted).abs().max() < 1e-4
     plain = pipeline.sample(pipe, pipeline.texts(pipe, PROMPTS[:1]), None, noise, steps=2)
     assert (z - plain).abs().max() > 1e-2
+    pipeline.export(tmp_path / "merged", pipeline.adapted(pipe, tmp_path))
+    merged = pipeline.load(tmp_path / "merged")
+    again = pipeline.sample(merged, pipeline.texts(pipe, PROMPTS[:1]), None, noise, steps=2)
+    assert (again - z).abs().max() < 1e-4
+    low = pipeline.adapted(pipeline.load(folder, dtype=torch.bfloat16), tmp_path)
+    assert {t.dtype for t in tree.leaves(low.transformer.params)} == {torch.bfloat16}
+    again = pipeline.sample(low, pipeline.texts(low, PROMPTS[:1]), None, noise, steps=2)
+    assert again.isfinite().all()
 
 
 # properties
@@ -381,6 +391,10 @@ def test_a_sample_does_not_depend_on_its_neighbours(saved):
         mode = pipeline.latents(pipe, x)
         assert torch.equal(mode[2:], pipeline.latents(pipe, x[2:])) and not torch.equal(mode, z)
         assert torch.equal(pipeline.pixels(pipe, z)[1:2], pipeline.pixels(pipe, z[1:2]))
+    drawn, keys = pipeline.texts(flux_pipe, PROMPTS), random.split(random.key(5))
+    z = pipeline.sample(flux_pipe, drawn, None, (2, 16, 8, 12), steps=1, key=random.key(5))
+    alone = pipeline.sample(flux_pipe, {k: v[1:] for k, v in drawn.items()}, None, (1, 16, 8, 12), steps=1, key=keys[1:])
+    assert (z[1:] - alone).abs().max() < 1e-5 and (z[0] - z[1]).abs().max() > 0.1
     seen = pipeline.conditions(wan_pipe, draw(2, 3, 32, 48), 5)
     alone = pipeline.conditions(wan_pipe, draw(2, 3, 32, 48)[1:], 5)
     assert all(torch.equal(v[1:], alone[k]) for k, v in seen.items())

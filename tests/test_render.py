@@ -11,10 +11,16 @@ import torch
 from PIL import Image
 from test_pipeline import picture, saved  # noqa: F401  a fixture
 
-from mmfunc import gallery, metrics, pipeline, render, report
+from mmfunc import gallery, metrics, pipeline, random, render, report
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "programs"))
 import sample  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def versions(monkeypatch):
+    """The same from run to run, though somebody commits between two."""
+    monkeypatch.setattr(metrics, "versions", lambda: {"torch": torch.__version__})
 
 
 def test_videos_named_for_vbench_and_made_again(saved, tmp_path, capsys):  # noqa: F811
@@ -44,18 +50,23 @@ def test_videos_named_for_vbench_and_made_again(saved, tmp_path, capsys):  # noq
 
 def test_pictures_with_images(saved, tmp_path):  # noqa: F811
     """A start from a picture, and Kontext's look at two of them, by rows of a jsonl file."""
-    folder, _ = saved("FluxPipeline")
+    folder, pipe = saved("FluxPipeline")
     kontext, _ = saved("FluxKontextPipeline")
     picture(20, 28).save(tmp_path / "x.png")
     picture(36, 16).save(tmp_path / "y.png")
     x, y = str(tmp_path / "x.png"), str(tmp_path / "y.png")
-    rows = [{"prompt": "the cat", "image": x}, {"prompt": "the cat", "image": [x], "seed": 50}, {"prompt": "horse"}]
+    rows = [{"prompt": "the cat", "image": x}, {"prompt": "the cat", "image": [x], "seed": 50}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sample.main(sample.Args(tmp_path / "a", folder, prompts=tmp_path / "p.jsonl", size="16x24", steps=3, strength=0.7))
+    sample.main(sample.Args(tmp_path / "a", folder, prompt="horse", size="16x24", steps=3, seed=50))
     pixels = [np.asarray(Image.open(tmp_path / "a" / f"{n}.png")) for n in ("the cat-0", "the cat-1", "horse-0")]
     assert all(p.shape == (16, 24, 3) for p in pixels)
     off = [np.abs(p.astype(float) - np.asarray(Image.open(x).resize((24, 16)))).mean() for p in pixels]
     assert not np.array_equal(*pixels[:2])
+    key, seen = random.key(50), gallery.picture(Path(x), 16, 24)[None]
+    z = pipeline.latents(pipe, seen, random.fold_in(key, "image")[None])
+    z = pipeline.sample(pipe, pipeline.texts(pipe, ["the cat"]), None, z.shape, steps=3, key=key[None], start=(z, 0.7))
+    assert np.array_equal(gallery.bytes_of(pipeline.pixels(pipe, z)[0]), pixels[1])
     said = gallery.said(tmp_path / "a" / "the cat-1.png")
     assert said["seed"] == 50 and said["strength"] == 0.7 and list(said["inputs"]) == [x]
     assert "strength" not in gallery.said(tmp_path / "a" / "horse-0.png")
@@ -63,6 +74,10 @@ def test_pictures_with_images(saved, tmp_path):  # noqa: F811
                             references="own", true_guidance=2.0, negative="blurry"))
     sample.main(sample.Args(tmp_path / "c", again=tmp_path / "b" / "on mars-0.png"))
     assert (tmp_path / "b" / "on mars-0.png").read_bytes() == (tmp_path / "c" / "on mars-0.png").read_bytes()
+    sample.main(sample.Args(tmp_path / "d", kontext, prompt="on mars", image=(Path(y), Path(x)), steps=2, size="16x24",
+                            references="own", true_guidance=2.0, negative="blurry"))
+    swapped = np.asarray(Image.open(tmp_path / "d" / "on mars-0.png"))
+    assert not np.array_equal(np.asarray(Image.open(tmp_path / "b" / "on mars-0.png")), swapped)
     picture(20, 28, seed=9).save(x)
     with pytest.raises(ValueError, match="x.png is not the file that it was"):
         sample.main(sample.Args(tmp_path / "c", again=tmp_path / "b" / "on mars-0.png"))
@@ -80,8 +95,8 @@ def test_videos_from_an_image_and_from_a_video(saved, tmp_path):  # noqa: F811
     video = tmp_path / "a" / "the cat-0.mp4"
     sample.main(sample.Args(tmp_path / "b", plain, prompt="the cat", video=video, strength=0.5, **how))
     assert gallery.said(tmp_path / "b" / "the cat-0.mp4")["video"] == str(video)
-    assert render.task(pipe, "x", image=images[0], frames=5)["height"] == 512  # 480 x 832 in the shape of 40 x 60
-    assert render.task(pipe, "x", image=images[0], frames=5)["width"] == 768
+    made = render.task(saved("WanImageToVideoPipeline")[1], "x", image=images[0])
+    assert (made["height"], made["width"]) == (512, 768)  # 480 x 832 in the shape of 40 x 60
 
 
 def test_what_cannot_be_made_is_told_before_it_is_tried(saved, tmp_path):  # noqa: F811
@@ -94,6 +109,7 @@ def test_what_cannot_be_made_is_told_before_it_is_tried(saved, tmp_path):  # noq
             (image, {}, "needs an image, its first frame"), (plain, {"image": [x]}, "takes no image"),
             (flux, {"image": [x, x]}, "begins with one image; there are 2"), (flux, {"video": x}, "takes no video"),
             (plain, {"frames": 6}, "6 frames.*such as 5"), (plain, {"height": 30}, "such as 32 x 832"),
+            (plain, {"strength": 0.5}, "neither an image nor a video"), (flux, {"frames": 5}, "makes pictures.*no frames"),
             (flux, {"negative": "blurry"}, "negative prompt is not read at true guidance 1.0"),
             (plain, {"negative": "blurry", "guidance": 1.0}, "negative prompt is not read at guidance 1.0")):
         with pytest.raises(ValueError, match=match):
@@ -129,7 +145,21 @@ def test_the_gallery_has_a_row_a_prompt_and_a_column_a_step(tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "10-1.png")), gallery.bytes_of(x))
 
 
-def test_file_names():
+def test_tiles_and_a_compiled_model_change_little(saved):  # noqa: F811
+    _, pipe = saved("FluxPipeline")
+    given = {"height": 64, "width": 48, "steps": 2, "seed": 3}
+    plain = render.make(pipe, render.task(pipe, "the cat", **given))
+    plans = {}
+    for _ in range(2):
+        other = render.make(pipe, render.task(pipe, "the cat", **given, backend="aot_eager"), plans)
+    tiled = render.make(pipe, render.task(pipe, "the cat", **given, tile=32))
+    assert len(plans) == 1 and (other - plain).abs().max() < 1e-3
+    assert 1e-4 < (tiled - plain).abs().mean() < 0.3
+
+
+def test_levels_and_file_names():
+    levels = torch.arange(256) / 255 * 2 - 1
+    assert np.array_equal(gallery.bytes_of(levels.view(1, 16, 16))[..., 2].flatten(), np.arange(256))
     assert gallery.names(["a", "b", "a", "a/b"]) == ["a-0", "b-0", "a-1", "a_b-0"]
     assert len(gallery.names(["ü" * 300])[0].encode()) <= 200
     with pytest.raises(ValueError, match="5 x 8 pixels: an mp4 needs even sides"):

@@ -215,6 +215,11 @@ def test_keys_of_samples_do_not_know_the_batch():
     together = sampler.sample(flat, table, noise, key=keys)
     alone = [sampler.sample(flat, table, noise[i : i + 1], key=keys[i : i + 1]) for i in range(3)]
     assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(alone[0], sampler.sample(flat, table, noise[:1], key=keys[0]))
+    drawn = [sampler.step(table, {"x": noise}, i, noise * 0, key=k)["x"] - sampler.step(table, {"x": noise}, i, noise * 0,
+             noise=noise * 0)["x"] for k in (keys, keys[0]) for i in (0, 1)]
+    drawn = torch.stack([d.flatten() for d in drawn])
+    assert (torch.corrcoef(drawn) - torch.eye(4)).abs().max() < 0.5  # every step has noise of its own
 
 
 def test_half_precision_keeps_a_float32_state():
