@@ -221,6 +221,8 @@ def test_features_of_other_encoders_or_sizes_are_refused(root, tmp_path):
         features.Ahead(tmp_path / "f")
     with pytest.raises(ValueError, match="multiples of 2"):
         train.main(replace(a, clips=replace(a.clips, sizes=("9x9",))))
+    with pytest.raises(ValueError, match="a FluxPipeline draws pictures; the size 9x8x8 has 9 frames"):
+        train.main(replace(a, clips=replace(a.clips, sizes=("9x8x8",))))
     with pytest.raises(ValueError, match="give the sizes"):
         train.main(replace(a, clips=pictures.Clips()))
 

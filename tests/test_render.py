@@ -57,7 +57,7 @@ def test_pictures_with_images(saved, tmp_path):  # noqa: F811
     x, y = str(tmp_path / "x.png"), str(tmp_path / "y.png")
     rows = [{"prompt": "the cat", "image": x}, {"prompt": "the cat", "image": [x], "seed": 50}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    sample.main(sample.Args(tmp_path / "a", folder, prompts=tmp_path / "p.jsonl", size="16x24", steps=3, strength=0.7))
+    sample.main(sample.Args(tmp_path / "a", folder, prompts=tmp_path / "p.jsonl", size="16x24", steps=3, strength=0.5))
     sample.main(sample.Args(tmp_path / "a", folder, prompt="horse", size="16x24", steps=3, seed=50))
     pixels = [np.asarray(Image.open(tmp_path / "a" / f"{n}.png")) for n in ("the cat-0", "the cat-1", "horse-0")]
     assert all(p.shape == (16, 24, 3) for p in pixels)
@@ -65,10 +65,10 @@ def test_pictures_with_images(saved, tmp_path):  # noqa: F811
     assert not np.array_equal(*pixels[:2])
     key, seen = random.key(50), gallery.picture(Path(x), 16, 24)[None]
     z = pipeline.latents(pipe, seen, random.fold_in(key, "image")[None])
-    z = pipeline.sample(pipe, pipeline.texts(pipe, ["the cat"]), None, z.shape, steps=3, key=key[None], start=(z, 0.7))
+    z = pipeline.sample(pipe, pipeline.texts(pipe, ["the cat"]), None, z.shape, steps=3, key=key[None], start=(z, 0.5))
     assert np.array_equal(gallery.bytes_of(pipeline.pixels(pipe, z)[0]), pixels[1])
     said = gallery.said(tmp_path / "a" / "the cat-1.png")
-    assert said["seed"] == 50 and said["strength"] == 0.7 and list(said["inputs"]) == [x]
+    assert said["seed"] == 50 and said["strength"] == 0.5 and list(said["inputs"]) == [x]
     assert "strength" not in gallery.said(tmp_path / "a" / "horse-0.png")
     sample.main(sample.Args(tmp_path / "b", kontext, prompt="on mars", image=(Path(x), Path(y)), steps=2, size="16x24",
                             references="own", true_guidance=2.0, negative="blurry"))

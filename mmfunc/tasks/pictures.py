@@ -72,7 +72,10 @@ def online(model: Path, rows: records.Records, a: Clips) -> features.Online:
     wanted = sizes(a.sizes)
     if not wanted:
         raise ValueError("give the sizes to train on, such as --clips.sizes 512x512, or features made ahead of time")
+    still = len(recipes.of(pipe.kind).patch(pipe.transformer.config)) == 2
     for size in wanted:
+        if still and size[0] > 1:
+            raise ValueError(f"a {pipe.kind} draws pictures; the size {'x'.join(map(str, size))} has {size[0]} frames")
         pipeline.shape(pipe, *size[1:], frames=size[0])
 
     def place(i: int) -> int:
