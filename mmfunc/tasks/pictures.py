@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmfunc import bundle, clips, diffusion, features, gallery, lora, models, pipeline, random, recipes, records, tree
+from mmfunc import bundle, clips, diffusion, features, lora, models, pipeline, recipes, records, render, tree
 from mmfunc.recipes import Part
 from mmfunc.records import Record
 from mmfunc.tree import Tree
@@ -127,17 +127,18 @@ def signatures(a: Any) -> int:
 
 
 def show(a: Any, family: Any, c: Any, params: Tree, step: int) -> None:
-    """Samples of the prompts of a file, with the same seeds each time, for the report."""
+    """Samples of a file's first twelve prompts, with the same seeds each time, for the report; in a .jsonl a line is an
+    object as programs/sample.py reads it."""
     if not a.questions:
         return
-    prompts = [line.strip() for line in Path(a.questions).read_text().splitlines() if line.strip()][:12]
+    lines = [line.strip() for line in Path(a.questions).read_text().splitlines() if line.strip()][:12]
+    rows = [json.loads(x) for x in lines] if a.questions.suffix == ".jsonl" else [{"prompt": x} for x in lines]
     pipe = trained(a, family, c, params)
     size = sizes(a.clips.sizes)[0] if a.clips.sizes else tuple(features.Ahead(a.data).said["sizes"][0])
-    with (a.out / "gallery.jsonl").open("a") as f:
-        for i, (prompt, x) in enumerate(zip(prompts, drawn(pipe, prompts, size, random.key(a.seed)))):
-            row = {"step": step, "prompt": prompt, "seed": a.seed}
-            file = gallery.save(a.out / "gallery" / f"step-{step:08d}-{i:02d}", x, row, round(a.clips.fps))
-            f.write(json.dumps(row | {"file": str(file.relative_to(a.out))}) + "\n")
+    given = dict(zip(("frames", "height", "width"), size)) | {"fps": round(a.clips.fps)}
+    given = {k: v for k, v in given.items() if k in pipeline.defaults(pipe) or k in ("height", "width")}
+    asked = [render.task(pipe, **given | {"seed": a.seed + i} | r) for i, r in enumerate(rows)]
+    render.show(a.out, pipe, asked, step=step)
 
 
 def drawn(pipe: bundle.Pipeline, prompts: list[str], size: clips.Size, key: Tensor, **how: Any) -> Tensor:
@@ -151,7 +152,7 @@ def drawn(pipe: bundle.Pipeline, prompts: list[str], size: clips.Size, key: Tens
 
 def trained(a: Any, family: Any, c: Any, params: Tree) -> bundle.Pipeline:
     """The pipeline of the model folder with other weights of the transformer."""
-    return replace(bundle.load(a.model, ("vae", "text")), transformer=Part(family, c, params))
+    return replace(bundle.load(a.model, ENCODERS), transformer=Part(family, c, params))
 
 
 def adapter(a: Any, family: Any, c: Any, params: Tree) -> None:
