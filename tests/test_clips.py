@@ -196,7 +196,7 @@ def test_resume_ahead_of_time_and_export(root, tmp_path, kind):
     assert train.main(replace(a, out=out, workers=2)) == 0 and same(final(out), final(a.out))
 
     encode.main(encode.Args(root / kind, a.data, tmp_path / "f", part=7, clips=a.clips))
-    assert train.main(replace(a, out=tmp_path / "c", data=tmp_path / "f")) == 0
+    assert train.main(replace(a, out=tmp_path / "c", data=tmp_path / "f", clips=pictures.Clips())) == 0
     assert same(final(tmp_path / "c"), final(a.out))
 
     pipe = bundle.load(a.out / "export")

@@ -88,16 +88,21 @@ def online(model: Path, rows: records.Records, a: Clips) -> features.Online:
     return features.Online(rows, [place(i) for i in range(len(rows))], wanted, partial(encode, pipe, a.fps), words)
 
 
+def ahead(a: Any) -> bool:
+    """Whether a run reads features that were made ahead of time."""
+    return (Path(a.data) / "index.json").exists()
+
+
 def source(a: Any) -> features.Ahead | features.Online:
     """The samples of a run: features of a folder with index.json, else records."""
-    if not (Path(a.data) / "index.json").exists():
+    if not ahead(a):
         return online(a.model, records.open(a.data, a.media), a.clips)
-    ahead, now = features.Ahead(a.data), made(a.model, a.clips)
+    found, now = features.Ahead(a.data), made(a.model, a.clips)
     if not a.clips.sizes:
-        now |= {n: ahead.said[n] for n in ("sizes", "fps")}
-    if differ := [f"{k}: {ahead.said[k]} there, {v} in this run" for k, v in now.items() if ahead.said[k] != v]:
+        now |= {n: found.said[n] for n in ("sizes", "fps")}
+    if differ := [f"{k}: {found.said[k]} there, {v} in this run" for k, v in now.items() if found.said[k] != v]:
         raise ValueError(f"the features of {a.data} were made otherwise: {'; '.join(differ)}. Encode them again")
-    return ahead
+    return found
 
 
 def shifts(pipe: bundle.Pipeline, among: list[clips.Size], shift: float) -> tuple[float, ...]:
@@ -134,8 +139,8 @@ def show(a: Any, family: Any, c: Any, params: Tree, step: int) -> None:
     lines = [line.strip() for line in Path(a.questions).read_text().splitlines() if line.strip()][:12]
     rows = [json.loads(x) for x in lines] if a.questions.suffix == ".jsonl" else [{"prompt": x} for x in lines]
     pipe = trained(a, family, c, params)
-    size = sizes(a.clips.sizes)[0] if a.clips.sizes else tuple(features.Ahead(a.data).said["sizes"][0])
-    given = dict(zip(("frames", "height", "width"), size)) | {"fps": round(a.clips.fps)}
+    said = features.Ahead(a.data).said if ahead(a) else {"sizes": sizes(a.clips.sizes), "fps": a.clips.fps}
+    given = dict(zip(("frames", "height", "width"), said["sizes"][0])) | {"fps": round(said["fps"])}
     given = {k: v for k, v in given.items() if k in pipeline.defaults(pipe) or k in ("height", "width")}
     asked = [render.task(pipe, **given | {"seed": a.seed + i} | r) for i, r in enumerate(rows)]
     render.show(a.out, pipe, asked, step=step)
