@@ -6,10 +6,12 @@ once. index.json comes last: a folder without it is not finished, and writing go
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -120,6 +122,17 @@ class Ahead:
         return self.__dict__ | {"open": {}}
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, torch computes on one thread, as in a loader's process: some sums on the CPU depend on the number."""
+    was = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(was)
+
+
 class Online:
     """The same by number from records, encoded when they are asked for."""
 
@@ -136,14 +149,17 @@ class Online:
         if caption not in self.known:
             if len(self.known) >= 1000:
                 self.known.pop(next(iter(self.known)))
-            self.known[caption] = self.words(caption)
+            with one_thread():
+                self.known[caption] = self.words(caption)
         return self.known[caption]
 
     def row(self, i: int) -> Row:
         """What a part is written from."""
         r = self.rows[i]
         size, said = self.sizes[self.place[i]], caption(r)
-        return {"id": r.id, "size": list(size)}, self.encode(r, size), said, self.text(said)
+        with one_thread():
+            own = self.encode(r, size)
+        return {"id": r.id, "size": list(size)}, own, said, self.text(said)
 
     def __getitem__(self, i: int) -> tuple[str, dict[str, Tensor]]:
         row, own, _, words = self.row(i)
