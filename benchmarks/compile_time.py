@@ -1,7 +1,7 @@
 """Compilation: CPU seconds by depth in block mode, and how soon a second start of the demo takes its first step.
 
     python benchmarks/compile_time.py depth              # 4, 12 and 48 layers, each in a process with an empty cache
-    python benchmarks/compile_time.py start runs/demo    # the demo's training program, cold and then warm
+    python benchmarks/compile_time.py start runs/demo block    # or whole: the demo's program, cold and then warm
 
 CPU seconds count this process and the compilers it starts. Prints a JSON line.
 """
@@ -62,24 +62,23 @@ def depth() -> dict:
             "48_over_4": round(rows[-1]["compile_cpu_s"] / rows[0]["compile_cpu_s"], 3)}
 
 
-def start(run: Path) -> dict:
+def start(run: str, mode: str) -> dict:
     """Seconds from the start of the demo's training program to the end of its first step."""
-    said = ("--scratch --steps 1 --batch 96 --lr 3e-3 --decay 0.05 --save 9 --rows.tokens 28 --rows.patches 3072 "
-            "--rows.attention 64").split()
+    said = (f"--model {run}/model --data {run}/data/train.jsonl --mode {mode} --scratch --steps 1 --batch 96 --lr 3e-3 "
+            "--decay 0.05 --save 9 --rows.tokens 28 --rows.patches 3072 --rows.attention 64").split()
     times = []
     with tempfile.TemporaryDirectory() as folder:
         for i in range(3):
             out = Path(folder) / str(i)
             begun = time.time()
-            alone(str(PROGRAM), "--model", str(run / "model"), "--data", str(run / "data" / "train.jsonl"), "--out",
-                  str(out), *said, cache=f"{folder}/cache")
+            alone(str(PROGRAM), *said, "--out", str(out), cache=f"{folder}/cache")
             row = next(r for r in map(json.loads, (out / "metrics.jsonl").open()) if "loss" in r)
             times.append(round(row["time"] - begun, 1))
-    return {"what": "seconds to the first step of the demo", "cold": times[0], "warm": times[1:]}
+    return {"what": f"seconds to the first step of the demo, mode {mode}", "cold": times[0], "warm": times[1:]}
 
 
 if __name__ == "__main__":
     kind = sys.argv[1] if len(sys.argv) > 1 else "depth"
     made = {"depth": depth, "one": partial(first_step, int(sys.argv[2]) if kind == "one" else 0),
-            "start": partial(start, Path(sys.argv[-1]))}[kind]()
+            "start": partial(start, *map(str, sys.argv[2:4]))}[kind]()
     print(json.dumps(made | {"torch": torch.__version__}))
