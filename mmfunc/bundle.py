@@ -62,8 +62,8 @@ def load(folder: Path, parts: Collection[str] | None = None, dtype: torch.dtype 
     image = recipe.image and there("image_encoder") and ("image" in wanted or (folder / "image_encoder").is_dir())
     pipe = Pipeline(folder, index["_class_name"], transformer, read("vae", "vae") if there("vae") else None, text,
                     read("image_encoder", "image") if image else None,
-                    _json(_there(folder, "scheduler") / "scheduler_config.json"))
-    limits = [_json(folder / e.tokenizer / "tokenizer_config.json").get("model_max_length") for e in chosen]
+                    hub.settings(_there(folder, "scheduler") / "scheduler_config.json"))
+    limits = [hub.settings(folder / e.tokenizer / "tokenizer_config.json").get("model_max_length") for e in chosen]
     return replace(pipe, lengths=_lengths(pipe, limits))
 
 
@@ -113,19 +113,10 @@ def _lengths(pipe: Pipeline, limits: Sequence[int | None]) -> tuple[int, ...]:
                  for n, limit, (part, _) in zip(most, limits, pipe.text))
 
 
-def _json(file: Path) -> dict:
-    if not file.exists():
-        return {}
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{file} is no valid JSON: {e}") from e
-
-
 def _index(folder: Path) -> dict:
     if not (folder / "model_index.json").exists():
         raise FileNotFoundError(f"{folder} has no model_index.json; give the folder of a whole diffusers pipeline")
-    index = _json(folder / "model_index.json")
+    index = hub.settings(folder / "model_index.json")
     second = [n for n in ("boundary_ratio", "expand_timesteps") if index.get(n)]
     second += ["transformer_2"] * (index.get("transformer_2", [None])[0] is not None)
     if second or "_class_name" not in index:

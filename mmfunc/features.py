@@ -87,6 +87,7 @@ class Ahead:
                      for i, row in enumerate(map(json.loads, (self._part(n, "jsonl")).read_text().splitlines()))]
         self.sizes = [tuple(s) for s in self.said["sizes"]]
         self.place = [self.sizes.index(tuple(row["size"])) for _, _, row in self.rows]
+        self.names: dict[int, dict] = {}
         self.open: dict[str, Any] = {}  # files, in the process that reads them
 
     def _part(self, number: int, ending: str) -> Path:
@@ -104,14 +105,19 @@ class Ahead:
     def __getitem__(self, i: int) -> tuple[str, dict[str, Tensor]]:
         part, own, row = self.rows[i]
         f = self._file(self._part(part, "safetensors"))
-        wanted = {f"{OWN}.{own}.": 0, f"{TEXT}.{row['text']}.": 0}
-        return row["id"], {k[len(p):]: f.get_tensor(k) for p in wanted for k in self._names(part) if k.startswith(p)}
+        keys = self._names(part, f)
+        return row["id"], {name: f.get_tensor(key) for whose in (f"{OWN}.{own}", f"{TEXT}.{row['text']}")
+                           for name, key in keys[whose].items()}
 
-    def _names(self, part: int) -> list[str]:
-        key = f"{os.getpid()}:{part}"
-        if key not in self.open:
-            self.open[key] = list(self._file(self._part(part, "safetensors")).keys())
-        return self.open[key]
+    def _names(self, part: int, f: Any) -> dict[str, dict[str, str]]:
+        """Of each sample and text of a part, {name: its key in the file}."""
+        if part not in self.names:
+            found: dict[str, dict[str, str]] = {}
+            for key in f.keys():
+                kind, number, name = key.split(".", 2)
+                found.setdefault(f"{kind}.{number}", {})[name] = key
+            self.names[part] = found
+        return self.names[part]
 
     def empty(self) -> dict[str, Tensor]:
         """The features of an empty caption."""

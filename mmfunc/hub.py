@@ -38,8 +38,13 @@ def config(folder: Path) -> dict:
         raise FileNotFoundError(
             f"{folder} has no config.json; it has {', '.join(sorted(os.listdir(folder))[:8]) or 'no files'}"
         )
+    return settings(file)
+
+
+def settings(file: Path) -> dict:
+    """What a JSON file says; nothing where there is none."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text()) if file.exists() else {}
     except json.JSONDecodeError as e:
         raise ValueError(f"{file} is no valid JSON: {e}") from e
 

@@ -4,7 +4,6 @@ Read is tokenizer.json, or the vocab.json and merges.txt of a CLIP tokenizer.
 """
 
 import html
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import ftfy
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
+
+from mmfunc import hub
 
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's
 ENDS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
@@ -54,17 +55,10 @@ def load(folder: Path) -> Prompts:
     return Prompts(tokenizer, pad)
 
 
-def _json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text()) if file.exists() else {}
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{file} is no valid JSON: {e}") from e
-
-
 def _special(folder: Path) -> tuple[dict[str, str], dict[str, dict]]:
     """bos_token, eos_token, pad_token ... as the folder's files say them, and how each added token is matched."""
-    said = _json(folder / "tokenizer_config.json")
-    plain = _json(folder / "special_tokens_map.json") | {k: v for k, v in said.items() if v}
+    said = hub.settings(folder / "tokenizer_config.json")
+    plain = hub.settings(folder / "special_tokens_map.json") | {k: v for k, v in said.items() if v}
     tokens = {k: v if isinstance(v, dict) else {"content": v} for k, v in plain.items()
               if k.endswith("_token") and isinstance(v, (str, dict))}
     listed = [tokens[n] for n in ENDS if n in tokens]  # one text under several names: the last name says how
@@ -84,7 +78,7 @@ def _clip(folder: Path, special: dict[str, str], added: dict[str, dict]) -> Toke
         [pre_tokenizers.Split(Regex(WORD), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     added = {special[n]: {} for n in ENDS} | added
     tokenizer.add_special_tokens([AddedToken(text, special=True, **how) for text, how in added.items()])
-    if lost := [t for t in _json(folder / "added_tokens.json") if tokenizer.token_to_id(t) is None]:
+    if lost := [t for t in hub.settings(folder / "added_tokens.json") if tokenizer.token_to_id(t) is None]:
         raise ValueError(f"added_tokens.json of {folder} adds {lost[0]!r}; save it with transformers of today, so that "
                          "there is a tokenizer.json")
     start, end = ((special[n], tokenizer.token_to_id(special[n])) for n in ("bos_token", "eos_token"))

@@ -19,6 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers import decoders as token_decoders
 
+from mmfunc import hub
+
 OPEN, CLOSE = "\U0010fffe", "\U0010ffff"  # noncharacters around what {% generation %} holds
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION)
@@ -75,13 +77,6 @@ class Text:
         return self.tokenizer.token_to_id(self.special.get("pad_token", "")) or 0
 
 
-def _json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text()) if file.exists() else {}
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{file} is no valid JSON: {e}") from e
-
-
 def load(folder: Path) -> Text:
     """The tokenizer of a model folder: tokenizer.json, and the template and special tokens beside it."""
     folder = Path(folder)
@@ -90,10 +85,11 @@ def load(folder: Path) -> Text:
             f"{folder} has no tokenizer.json; save the tokenizer once with transformers' save_pretrained"
         )
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    said = _json(folder / "tokenizer_config.json")
-    plain = _json(folder / "special_tokens_map.json") | {k: v for k, v in said.items() if k.endswith("_token") and v}
+    said = hub.settings(folder / "tokenizer_config.json")
+    named = {k: v for k, v in said.items() if k.endswith("_token") and v}
+    plain = hub.settings(folder / "special_tokens_map.json") | named
     special = {k: v["content"] if isinstance(v, dict) else v for k, v in plain.items() if isinstance(v, (str, dict))}
-    ends = _json(folder / "generation_config.json").get("eos_token_id", [])
+    ends = hub.settings(folder / "generation_config.json").get("eos_token_id", [])
     ends = list(ends) if isinstance(ends, list) else [ends]
     ends += [tokenizer.token_to_id(special["eos_token"])] if "eos_token" in special else []
     source = _template(folder, said)
@@ -104,7 +100,7 @@ def load(folder: Path) -> Text:
 def _template(folder: Path, said: dict) -> str | None:
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text()
-    found = said.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
+    found = said.get("chat_template") or hub.settings(folder / "chat_template.json").get("chat_template")
     if isinstance(found, list):
         return next((t["template"] for t in found if t["name"] == "default"), found[0]["template"])
     return found

@@ -99,11 +99,8 @@ def look(p: Tree, c: Config, batch: dict[str, Tensor]) -> tuple[Tensor, Tree]:
 def block(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     q, k, v = nn.qkv(p["self"], nn.layernorm(p["norm"], x, c.eps), c.k)
     x = x + nn.merge(p["self"], nn.attend(q, k, v, causal=c.kind == "text", segments=ctx.get("segments")))
-    return x + nn.mlp(p["mlp"], nn.layernorm(p["norm_mlp"], x, c.eps), quick_gelu if c.act == "quick_gelu" else gelu)
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
+    act = nn.quick_gelu if c.act == "quick_gelu" else gelu
+    return x + nn.mlp(p["mlp"], nn.layernorm(p["norm_mlp"], x, c.eps), act)
 
 
 def keep(p: Tree, c: Config, x: Tensor, ctx: Tree) -> tuple[Tensor, Tree]:

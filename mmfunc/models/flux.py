@@ -6,16 +6,14 @@ and MLP run in parallel. The timestep, the guidance strength and a pooled text v
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, pad, silu
+from torch.nn.functional import pad, silu
 
 from mmfunc import diffusion, keys, nn
 from mmfunc.tree import Tree
 
-gelu_tanh = partial(gelu, approximate="tanh")
 PATCH = 2, 2  # of a latent
 
 
@@ -112,21 +110,16 @@ def offsets(p: Tree, ctx: Tree, n: int) -> tuple[Tensor, ...]:
     return nn.linear(p, silu(ctx["vector"]))[:, None].float().chunk(n, -1)
 
 
-def shifted(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x [B, S, D] normalised, scaled and shifted: all of it in float32, then in the dtype of x."""
-    return nn.modulate(nn.layernorm(None, x.float()), shift, scale).to(x.dtype)
-
-
 def double(p: Tree, c: Config, x: tuple[Tensor, Tensor], ctx: Tree) -> tuple[Tensor, Tensor]:
     """Two streams with their own weights and one joint attention."""
     streams = [(p[n], h, offsets(p[n]["offsets"], ctx, 6)) for n, h in zip(("text", "image"), x)]
-    parts = [nn.qkv(s["attention"], shifted(h, m[0], m[1]), c.k) for s, h, m in streams]
+    parts = [nn.qkv(s["attention"], nn.adaln(h, m[0], m[1]), c.k) for s, h, m in streams]
     q, k, v = (torch.cat(t, 1) for t in zip(*parts))
     heads = nn.attend(nn.rotate(q, ctx["angles"]), nn.rotate(k, ctx["angles"]), v).split([h.shape[1] for h in x], 1)
     out = []
     for (s, h, m), y in zip(streams, heads):
         h = nn.gated(h, nn.merge(s["attention"], y), m[2])
-        out.append(nn.gated(h, nn.mlp(s["mlp"], shifted(h, m[3], m[4]), gelu_tanh), m[5]))
+        out.append(nn.gated(h, nn.mlp(s["mlp"], nn.adaln(h, m[3], m[4]), nn.gelu_tanh), m[5]))
     return tuple(out)
 
 
@@ -138,16 +131,16 @@ def join(p: Tree, c: Config, x: tuple[Tensor, Tensor], ctx: Tree) -> tuple[Tenso
 def single(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     """One stream; attention and MLP side by side."""
     shift, scale, gate = offsets(p["offsets"], ctx, 3)
-    y = shifted(x, shift, scale)
+    y = nn.adaln(x, shift, scale)
     q, k, v = nn.qkv(p["attention"], y, c.k)
     heads = nn.attend(nn.rotate(q, ctx["angles"]), nn.rotate(k, ctx["angles"]), v)
-    return nn.gated(x, nn.merge(p["attention"], heads) + nn.mlp(p["mlp"], y, gelu_tanh), gate)
+    return nn.gated(x, nn.merge(p["attention"], heads) + nn.mlp(p["mlp"], y, nn.gelu_tanh), gate)
 
 
 def head(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     """The velocity of the patches, [B, S, 64]."""
     scale, shift = offsets(p["head"]["offsets"], ctx, 2)
-    return nn.linear(p["head"]["out"], shifted(x[:, ctx["words"] :], shift, scale))
+    return nn.linear(p["head"]["out"], nn.adaln(x[:, ctx["words"] :], shift, scale))
 
 
 forward = nn.Chain(embed, (("double", double), join, ("single", single)), head)

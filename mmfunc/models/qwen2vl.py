@@ -142,11 +142,7 @@ def _see(p: Tree, c: Config, x: Tensor, ctx: Tree, table: Tree) -> Tensor:
     q, k, v = nn.qkv(p["self"], norm(p["norm"], x), c.k)
     q, k = nn.rotate(q, ctx["angles"], halves=True), nn.rotate(k, ctx["angles"], halves=True)
     x = x + nn.merge(p["self"], vision.in_rows(nn.attend, q, k, v, table))
-    return x + nn.mlp(p["mlp"], norm(p["norm_mlp"], x), silu if c.window else quick_gelu)
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
+    return x + nn.mlp(p["mlp"], norm(p["norm_mlp"], x), silu if c.window else nn.quick_gelu)
 
 
 def near(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, gelu, relu
+from torch.nn.functional import embedding, relu
 
 from mmfunc import keys, nn
 from mmfunc.tree import Param, Tree, normal
@@ -90,11 +90,7 @@ def block(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     q, k, v = nn.qkv(p["self"], nn.rmsnorm(p["norm"], x, c.eps), c.k)
     added = bias(p["positions"], ctx["buckets"]) if "positions" in p else ctx["bias"]
     x = x + nn.merge(p["self"], nn.attend(q, k, v, segments=ctx.get("segments"), scale=1.0, bias=added))
-    return x + nn.mlp(p["mlp"], nn.rmsnorm(p["norm_mlp"], x, c.eps), gelu_tanh if c.gated else relu)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    return gelu(x, approximate="tanh")
+    return x + nn.mlp(p["mlp"], nn.rmsnorm(p["norm_mlp"], x, c.eps), nn.gelu_tanh if c.gated else relu)
 
 
 def head(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:

@@ -5,7 +5,6 @@ tokens. The timestep gives every block six offsets: shift, scale and gate around
 """
 
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 
 import torch
@@ -14,8 +13,6 @@ from torch.nn.functional import gelu, silu
 
 from mmfunc import diffusion, keys, nn
 from mmfunc.tree import Param, Tree
-
-gelu_tanh = partial(gelu, approximate="tanh")
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def embed(p: Tree, c: Config, batch: dict[str, Tensor]) -> tuple[Tensor, Tree]:
         "time": time[:, None].float(),
         "offsets": nn.linear(p["offsets"], silu(time)).unflatten(-1, (6, -1)).float(),
         "angles": nn.axial(nn.grid(shape, x.device), widths),
-        "text": nn.mlp(p["text"], batch["encoder_hidden_states"].to(dtype), gelu_tanh),
+        "text": nn.mlp(p["text"], batch["encoder_hidden_states"].to(dtype), nn.gelu_tanh),
         "seen": None if seen is None else (seen.new_ones(x.shape[:2], dtype=torch.int32), (seen > 0).int()),
     }
     return x, ctx | ({"image": looked(p["image"], c, batch, dtype)} if c.image else {})
@@ -133,14 +130,9 @@ def looked(p: Tree, c: Config, batch: dict[str, Tensor], dtype: torch.dtype) -> 
     return nn.layernorm(p["norm_out"], nn.mlp(p["mlp"], nn.layernorm(p["norm"], x, 1e-5), gelu), 1e-5)
 
 
-def shifted(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x [B, S, D] normalised, scaled and shifted: all of it in float32, then in the dtype of x."""
-    return nn.modulate(nn.layernorm(None, x.float()), shift, scale).to(x.dtype)
-
-
 def block(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (p["offsets"] + ctx["offsets"]).chunk(6, 1)
-    q, k, v = nn.qkv(p["self"], shifted(x, shift, scale), c.k)
+    q, k, v = nn.qkv(p["self"], nn.adaln(x, shift, scale), c.k)
     y = nn.attend(nn.rotate(q, ctx["angles"]), nn.rotate(k, ctx["angles"]), v)
     x = nn.gated(x, nn.merge(p["self"], y), gate)
 
@@ -150,13 +142,13 @@ def block(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
         y = y + nn.attend(q, *nn.kv(p["image"], ctx["image"], c.k))
     x = x + nn.merge(p["cross"], y)
 
-    return nn.gated(x, nn.mlp(p["mlp"], shifted(x, shift_mlp, scale_mlp), gelu_tanh), gate_mlp)
+    return nn.gated(x, nn.mlp(p["mlp"], nn.adaln(x, shift_mlp, scale_mlp), nn.gelu_tanh), gate_mlp)
 
 
 def head(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     """The velocity, [B, C, T, Y, X]."""
     shift, scale = (p["head"]["offsets"] + ctx["time"]).chunk(2, 1)
-    return nn.unpatchify(nn.linear(p["head"]["out"], shifted(x, shift, scale)), ctx["shape"], c.patch)
+    return nn.unpatchify(nn.linear(p["head"]["out"], nn.adaln(x, shift, scale)), ctx["shape"], c.patch)
 
 
 forward = nn.Chain(embed, (("blocks", block),), head)

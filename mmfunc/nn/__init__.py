@@ -16,14 +16,16 @@ from mmfunc.nn.basic import (
     Linear,
     RMSNorm,
     embed,
+    gelu_tanh,
     layernorm,
     linear,
     mlp,
+    quick_gelu,
     reduced,
     rmsnorm,
 )
 from mmfunc.nn.chain import Chain, running, whole
 from mmfunc.nn.conv import Conv, GroupNorm, Once, causal, conv, double, groupnorm, halve, joined, tiled
-from mmfunc.nn.diffusion import Offsets, gated, grid, modulate, patchify, sinusoid, unpatchify
+from mmfunc.nn.diffusion import Offsets, adaln, gated, grid, modulate, patchify, sinusoid, unpatchify
 from mmfunc.nn.loss import cross_entropy, targets
 from mmfunc.nn.rope import axial, rotate, sections

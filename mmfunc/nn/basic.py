@@ -61,6 +61,16 @@ def rmsnorm(p: Tree, x: Tensor, eps: float = 1e-6, *, axis: str | None = None) -
     return p["weight"] * (y * (mean + eps).rsqrt()).to(x.dtype)
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's approximation of GELU by a sigmoid."""
+    return x * (1.702 * x).sigmoid()
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh fit."""
+    return F.gelu(x, approximate="tanh")
+
+
 def MLP(d: int, hidden: int, out: int | None = None, *, gated: bool = False, bias: bool = True) -> Tree:
     """One hidden layer; gated multiplies it with a second map of the input."""
     up, down = Linear(d, hidden, "embed -> mlp", bias=bias), Linear(hidden, out or d, "mlp -> embed", bias=bias)

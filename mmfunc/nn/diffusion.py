@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from mmfunc.nn.basic import layernorm
 from mmfunc.tree import Param, normal
 
 
@@ -47,6 +48,12 @@ def Offsets(n: int, d: int) -> Param:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x * (1 + scale) + shift, computed in float32, in the dtype of x."""
     return (x.float() * (1 + scale) + shift).to(x.dtype)
+
+
+def adaln(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm (Peebles & Xie 2023): x [B, S, D] normalised, scaled and shifted, all of it in float32, then
+    in the dtype of x."""
+    return modulate(layernorm(None, x.float()), shift, scale).to(x.dtype)
 
 
 def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
