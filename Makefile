@@ -1,5 +1,5 @@
-# make demo: train, ask and evaluate a vision-language model on scanned digits.  make test: the tests.
-# make drawings: train a small FLUX and a small Wan on digits, and judge their samples.  make deep: tests that take minutes.
+# make demo: models learn to read, to draw and to move scanned digits, and are examined.  make test: the tests.
+# make drawings: the second and third of these alone.  make deep: tests that take minutes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -82,18 +82,22 @@ def figure(value: str, name: str) -> str:
 
 
 def picture(path: str, root: Path) -> str:
-    """An image of the run, within the page."""
-    file = Path(path) if Path(path).is_absolute() else root / path
-    if not file.is_file() or file.stat().st_size > 2_000_000:
-        return f'<div class="soft">{escape(path)} is not shown</div>'
+    """An image of the run, or a video that plays, within the page."""
+    file = root / path
     kind = {"jpg": "jpeg"}.get(file.suffix[1:].lower(), file.suffix[1:].lower())
+    if not file.is_file() or file.stat().st_size > (16_000_000 if kind == "mp4" else 2_000_000):
+        return f'<div class="soft">{escape(path)} is not shown</div>'
+    if kind == "mp4":
+        data = base64.b64encode(file.read_bytes()).decode()
+        return f'<video autoplay muted loop playsinline src="data:video/mp4;base64,{data}"></video>'
     if kind not in ("png", "jpeg", "webp", "gif", "bmp"):
         return f'<div class="soft">{escape(path)}</div>'
     return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}">'
 
 
 def sample(row: dict, root: Path) -> str:
-    """A question with its picture, the answer and the truth."""
+    """A question with its pictures or videos, the answer and the truth."""
+    shown = [*row.get("images", []), *row.get("videos", [])]
     right = row["score"] >= 1
     truth = " / ".join(map(str, row["truth"]))
     verdict = (
@@ -103,18 +107,15 @@ def sample(row: dict, root: Path) -> str:
             f'<span class="no">✗ {escape(row["answer"]) or "(nothing)"}</span> <span class="soft">truth: {escape(truth)}</span>'
         )
     )
-    return (f'<div class="card">{"".join(picture(i, root) for i in row.get("images", [])[:4])}<div class="soft">'
+    return (f'<div class="card">{"".join(picture(i, root) for i in shown[:4])}<div class="soft">'
             f'{escape(row["question"])}</div><div>{verdict}</div></div>')
 
 
 def shot(path: str, root: Path) -> str:
-    """A picture of the gallery, made smaller where it is large, or a video that plays."""
+    """A picture of the gallery, made smaller where it is large, or a video."""
     file = root / path
-    if not file.is_file() or file.suffix not in (".mp4", ".png", ".jpg") or file.stat().st_size > 16_000_000:
-        return f'<div class="soft">{escape(path)} is not shown</div>'
-    if file.suffix == ".mp4":
-        data = base64.b64encode(file.read_bytes()).decode()
-        return f'<video autoplay muted loop playsinline src="data:video/mp4;base64,{data}"></video>'
+    if not file.is_file() or file.suffix not in (".png", ".jpg"):
+        return picture(path, root)
     with Image.open(file) as x:
         if max(x.size) <= 512:
             return picture(path, root)
@@ -197,13 +198,15 @@ def render(folder: Path) -> str:
 
 
 def _evaluation(folder: Path, results: dict | None) -> list[str]:
-    """Scores by kind of question, and some of the answers that were wrong."""
+    """Scores by kind of question, what else was measured, and some of the answers that were wrong."""
     if not results:
         return []
+    facts = [{"measured": k, "found": v} for k, v in results.items() if k not in ("overall", "kinds")]
     kinds = [{"questions": k, "asked": v["count"], "right": f"{v['score']:.1%}"} for k, v in results["kinds"].items()]
     wrong = [r for r in read(folder / "rows.jsonl")[0] if r["score"] < 1][:12]
     mistakes = f"<h2>Mistakes</h2><div class='grid'>{''.join(sample(r, folder) for r in wrong)}</div>" if wrong else ""
-    return ["<h2>Evaluation</h2>" + table(kinds, ("questions", "asked", "right")), mistakes]
+    return ["<h2>Evaluation</h2>" + table(kinds, ("questions", "asked", "right")), table(facts, ("measured", "found")),
+            mistakes]
 
 
 def _summary(steps: Sequence[dict], results: dict | None) -> str:

@@ -1,5 +1,6 @@
 #!/bin/sh
-# The demo: scans to pictures, pictures to a model, the model examined and asked. demo.sh RUN_FOLDER
+# The demo: a vision-language model learns to read scanned digits and is examined; a FLUX and a Wan learn to draw and to
+# move them, and are judged. demo.sh RUN_FOLDER
 set -eu
 run=$1
 python=${PYTHON:-python3}
@@ -12,5 +13,5 @@ $python programs/evaluate.py --model "$run/export" --data "$run/data/heldout.jso
 echo
 echo "One question about a page of scans that training never saw: what is the sum ?"
 $python programs/chat.py --model "$run/export" --image "$run/data/heldout/page00007.png" --question "what is the sum ?"
-echo
-echo "make demo took $(($(date +%s) - start)) s after installation. Open $run/report.html"
+sh programs/drawings.sh "$run"
+echo "make demo took $(($(date +%s) - start)) s after installation. Open $run/report.html (reading)"

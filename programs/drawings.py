@@ -74,7 +74,7 @@ def pipelines(out: Path, key: Tensor) -> None:
                          eos=1)
     image = flux.Config(width=96, heads=4, layers=2, single=2, channels=1, text=64, pooled=64, guidance=False,
                         axes=(4, 10, 10))
-    video = wan.Config(width=96, hidden=288, heads=4, layers=4, channels=1, text=64, time=64, patch=(1, 4, 4))
+    video = wan.Config(width=96, hidden=288, heads=4, layers=4, channels=1, text=64, time=64, patch=(3, 4, 4))
     bundle.export(out / "flux", bundle.scratch(
         "FluxPipeline", Part(flux, image), None, [(Part(clip, glance), said), (Part(t5, encoder("t5")), said)],
         scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}, key=key, limits=(8, 8)))

@@ -59,7 +59,9 @@ def main(a: Args) -> None:
     n = a.count or (80 if video else 200)
     digits, ways = torch.arange(n) % 10, torch.arange(n) // 10 % 4
     prompts = [f"a {NAMES[d]} moving {WAYS[w]}" if video else f"a handwritten {NAMES[d]}" for d, w in zip(digits, ways)]
-    rows, facts = [], {"judge_held_out": round(able, 4), "held_out_distance": round(near(held, x), 3)}
+    rows, facts = [], {"pixels": "they stand for latents; the text encoder is small, random and frozen",
+                       "held-out scans that the judge reads right": f"{able:.1%}",
+                       "distance to the nearest training scan: held-out scans": round(near(held, x), 3)}
     for scale in (a.guidance, 1.0):
         how = {"steps": a.steps, **({"guidance": scale} if video else {"true_guidance": scale})}
         drawn = pictures.drawn(pipe, prompts, (9, 16, 16) if video else (1, 8, 8), random.key(a.seed), **how)
@@ -67,11 +69,11 @@ def main(a: Args) -> None:
         way, still = crossing(seen) if video else (ways, seen)
         found = torch.tensor(judge.predict(still.flatten(1)))
         name = f"guidance {scale:g}" if scale > 1 else "no guidance"
-        facts[f"{name}: distance to the nearest training scan"] = round(near(still, x), 3)
+        facts[f"distance to the nearest training scan: {name}"] = round(near(still, x), 3)
         for i, prompt in enumerate(prompts):
             stem = a.out / "samples" / f"{name.replace(' ', '-')}-{i:03d}"
             file = gallery.save(stem, drawn[i], {"prompt": prompt}, 8)
-            row = {"question": prompt, "images": [] if video else [str(file)]}
+            row = {"question": prompt, "videos" if video else "images": [str(file.relative_to(a.out))]}
             judged = [("digit", digits[i], found[i], NAMES), ("way", ways[i], way[i], WAYS)][: 2 if video else 1]
             rows += [row | {"id": f"{file.name}:{what}", "kind": f"{what}, {name}", "answer": known[got],
                             "truth": [known[want]], "score": float(want == got)} for what, want, got, known in judged]
