@@ -1,5 +1,6 @@
 # make demo: models learn to read, to draw and to move scanned digits, and are examined.  make test: the tests.
-# make drawings: the second and third of these alone.  make deep: tests that take minutes.
+# make drawings: the second and third of these alone.  make deep: tests that take minutes.  make test-mesh: every plan on
+# real ranks.  make test-ascend: the Ascend C kernels in the host emulator, every shape and seeded bug.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 # threads that wait must not spin: beside any other process that makes a step fifty times slower
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo drawings test deep clean
+.PHONY: demo drawings test deep test-mesh test-ascend clean
 .DELETE_ON_ERROR:
 
 $(VENV)/core: pyproject.toml
@@ -43,6 +44,14 @@ test: $(VENV)/test
 deep: $(VENV)/test
 	mkdir -p $(TMPDIR)
 	$(BIN)/python -m pytest -m deep $(ARGS)
+
+test-mesh: $(VENV)/test
+	mkdir -p $(TMPDIR)
+	$(BIN)/python tests/mesh_ranks.py
+
+test-ascend: $(VENV)/test
+	mkdir -p $(TMPDIR)
+	$(BIN)/python -m pytest tests/test_ascend_kernels.py -s -m "deep or not deep"
 
 clean:
 	rm -rf $(VENV) .cache runs build *.egg-info

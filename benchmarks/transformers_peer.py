@@ -6,7 +6,6 @@
 Losses and tokens are compared first. Prints a JSON line for each workload: medians, spreads, ratios, memory.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -14,9 +13,9 @@ from functools import partial
 
 import torch
 import transformers
+from peers import interleaved, loaded, show, temporary
 
-from mmfunc import generate, jit, keys, models, optim, tree
-from mmfunc.hub import respelled
+from mmfunc import generate, jit, optim, tree
 from mmfunc.models import qwen2, qwen2vl
 
 W1 = qwen2vl.Config(
@@ -45,54 +44,7 @@ def pair(family, c):
         **{k: v for k, v in said.items() if k not in ("model_type", "architectures")}
     )
     ref = getattr(transformers, said["architectures"][0])(made).to(torch.bfloat16)
-    flat = tree.flatten(family.params(c))
-    theirs = {respelled(n, models.spellings(family, c)): p.detach() for n, p in ref.named_parameters()}
-    loaded = keys.load(flat, keys.lookup(flat, models.table(family, c)), theirs.__getitem__)
-    return ref, tree.unflatten(dict(loaded), family.params(c))
-
-
-def interleaved(calls, runs):
-    """Wall seconds of each call, in turn."""
-    times = {k: [] for k in calls}
-    for _ in range(runs):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def temporary(call):
-    """Most bytes that one call holds at once beside what was there before it, by the allocator's own record."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
-        call()
-    events = sorted((e.start_ns(), e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")
-    held = most = 0
-    for _, size in events:
-        held += size
-        most = max(most, held)
-    return most
-
-
-def show(work, times, **more):
-    said = {
-        "work": work,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    said |= {
-        k: {"median_s": round(statistics.median(v), 4), "min_s": round(min(v), 4), "max_s": round(max(v), 4)}
-        for k, v in times.items()
-    }
-    ours = statistics.median(times["mmfunc"])
-    print(
-        json.dumps(
-            said
-            | {f"{k}_over_mmfunc": round(statistics.median(v) / ours, 3) for k, v in times.items() if k != "mmfunc"}
-            | more
-        )
-    )
+    return ref, loaded(family, c, ref)
 
 
 def train(runs=9, compiled=False):
@@ -138,11 +90,14 @@ def train(runs=9, compiled=False):
         eager(fast)
         print("transformers compiled in", round(time.perf_counter() - start, 1), "s", flush=True)
         calls["transformers_compiled"] = partial(eager, fast)
-    opt.zero_grad(set_to_none=True)
-    memory = {name: round(temporary(call) / 2**20) for name, call in calls.items()}
+    memory = {}
+    for name, call in calls.items():
+        opt.zero_grad(set_to_none=True)  # gradients that a call finds there and frees would count as its own savings
+        memory[name] = round(temporary(call) / 2**20)
     show(
         "W1 train step, bf16",
         interleaved(calls, runs),
+        transformers,
         temporary_MiB=memory,
         memory_over_eager=round(memory["mmfunc"] / memory["transformers_eager"], 3),
         losses={"mmfunc": ours, "transformers": theirs},
@@ -179,6 +134,7 @@ def decode(runs=3, rows=1, new=17):
     show(
         f"W5 decode a token, bf16, batch {rows}",
         per,
+        transformers,
         equal_tokens=f"{same}/{new}",
         read_GB_per_s=round(gb / statistics.median(per["mmfunc"]), 1),
     )

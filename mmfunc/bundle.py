@@ -145,7 +145,7 @@ def export(folder: Path, pipe: Pipeline, *, like: Path | None = None) -> None:
     folder, source = Path(folder), like or pipe.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     index = _index(Path(source)) if source else _made(pipe)
-    given = {name: part for name, part in _parts(pipe).items() if part.params is not None}
+    given = {name: part for name, part in parts(pipe).items() if part.params is not None}
     there = {n for n, v in index.items() if isinstance(v, list) and v[0] is not None}
     if odd := given.keys() - there or ({"vae"} & there if pipe.vae is None else set()):
         raise ValueError(f"{source} and this pipeline differ: only one of them has {', '.join(sorted(odd))}")
@@ -178,7 +178,7 @@ def _dump(file: Path, said: dict) -> None:
     file.write_text(json.dumps(said, indent=2) + "\n")
 
 
-def _parts(pipe: Pipeline) -> dict[str, Part]:
+def parts(pipe: Pipeline) -> dict[str, Part]:
     """The parts that are there, by their folder."""
     text = {e.folder: part for e, (part, _) in zip(recipes.of(pipe.kind).text, pipe.text)}
     all_parts = {"transformer": pipe.transformer, "vae": pipe.vae, **text, "image_encoder": pipe.image}
@@ -195,7 +195,7 @@ def _write(folder: Path, part: Part, like: Path | None) -> None:
 def _made(pipe: Pipeline) -> dict:
     """The model_index.json of a pipeline that comes from no folder."""
     index: dict[str, Any] = {"_class_name": pipe.kind, "_diffusers_version": "0.42.1", "vae": [None, None]}
-    for name, part in _parts(pipe).items():
+    for name, part in parts(pipe).items():
         said = part.family.hub(part.config)
         index[name] = ["diffusers", said["_class_name"]] if "_class_name" in said else [
             "transformers", said["architectures"][0]]

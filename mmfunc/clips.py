@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
-from mmfunc import data, diffusion, media, random
+from mmfunc import data, diffusion, media, random, shard
 from mmfunc.records import Record
 
 Size = tuple[int, int, int]
@@ -81,7 +81,8 @@ class Plan:
 
 
 class Batches(Dataset):
-    """Global batches by number: (micro-batches, facts). A pure function of the number.
+    """Global batches by number: (micro-batches, facts). A pure function of the number; on a mesh a rank has its part of
+    each micro-batch.
 
     source: features.Ahead or Online. extra: what each batch holds besides, by name.
     """
@@ -98,6 +99,10 @@ class Batches(Dataset):
         self.update = [b * plan.accumulate for b in batch]  # samples of an update, for each size
         self.rounds = [-(-len(m) // u) for m, u in zip(members, self.update)]  # updates of an epoch, for each size
         self.micro = batch
+        self.part, self.parts = shard.part()
+        if bad := [b for b in batch if b % self.parts]:
+            raise ValueError(f"micro-batches of {bad[0]} samples do not divide among {self.parts} ranks with different "
+                             "samples")
 
     def which(self, number: int) -> tuple[int, int]:
         """(size, how many of its batches came before) of a batch."""
@@ -119,8 +124,6 @@ class Batches(Dataset):
             index = members[data.order(self.plan.seed, turn, len(members), at)]
             try:
                 name, tensors = self.source[index]
-                if odd := [k for k, t in tensors.items() if not torch.isfinite(t).all()]:
-                    raise ValueError(f"{name}: {odd[0]} has values that are not finite")
             except (ValueError, OSError) as e:
                 bad.append({"index": index, "reason": str(e)})
                 continue
@@ -144,8 +147,9 @@ class Batches(Dataset):
     def __getitem__(self, number: int) -> tuple[list[dict[str, Tensor]], dict]:
         size, turn = self.which(number)
         bad: list[dict] = []
-        start, step = turn * self.update[size], self.micro[size]
-        found = [self.draw(size, start + i, bad) for i in range(self.update[size])]
+        start, step = turn * self.update[size], self.micro[size] // self.parts
+        first = range(start + self.part * step, start + self.update[size], self.micro[size])
+        found = [self.draw(size, a + i, bad) for a in first for i in range(step)]
         count = {"num_items_in_batch": torch.tensor(float(len(found)))}
         micro = []
         for a in range(0, len(found), step):

@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mmfunc import shard
 from mmfunc.records import Records
 
 Sample = dict[str, Any]
@@ -110,10 +111,17 @@ class Plan:
 
 
 class Batches(Dataset):
-    """Global batches by number: (micro-batches, facts). A pure function of the number; what a loader's workers hold."""
+    """Global batches by number: (micro-batches, facts). A pure function of the number; what a loader's workers hold.
+
+    On a mesh a rank has its part of each micro-batch: the global batch is the same on every mesh.
+    """
 
     def __init__(self, records: Records, encode: Callable, prepare: Callable, plan: Plan, pad: int = 0):
         self.records, self.encode, self.prepare, self.plan, self.pad = records, encode, prepare, plan, pad
+        self.part, self.parts = shard.part()
+        if plan.batch % self.parts or plan.rows % self.parts:
+            raise ValueError(f"micro-batches of {plan.batch} samples in {plan.rows or plan.batch} rows do not divide "
+                             f"among {self.parts} ranks with different samples")
 
     def draw(self, position: int, bad: list[dict]) -> Sample:
         """The sample at a position; one that cannot be used is noted, and another taken that depends on the position
@@ -139,11 +147,12 @@ class Batches(Dataset):
 
     def __getitem__(self, number: int) -> tuple[list[dict[str, Tensor]], dict]:
         p, bad, sizes = self.plan, [], self.plan.sizes()
-        start = number * p.batch * p.accumulate
-        samples = [self.draw(start + i, bad) for i in range(p.batch * p.accumulate)]
-        micro = [self._micro(samples[i : i + p.batch]) for i in range(0, len(samples), p.batch)]
+        start, each = number * p.batch * p.accumulate, p.batch // self.parts
+        mine = [m * p.batch + self.part * each + i for m in range(p.accumulate) for i in range(each)]
+        samples = [self.draw(start + i, bad) for i in mine]
+        micro = [self._micro(samples[i : i + each]) for i in range(0, len(samples), each)]
         targets = sum((m["labels"][:, 1:] >= 0).sum() for m in micro)
-        count = {"num_items_in_batch": targets.clamp(min=1)}
+        count = {"num_items_in_batch": targets if self.parts > 1 else targets.clamp(min=1)}
         micro = [self.prepare(m | count, sizes[m["input_ids"].shape[1]]) for m in micro]
         tokens = sum(int((m["attention_mask"] > 0).sum()) for m in micro)
         return micro, {"ids": [s["id"] for s in samples], "bad": bad, "tokens": tokens, "samples": len(samples)}
@@ -159,7 +168,8 @@ class Batches(Dataset):
                 f"{p.patches}. Declare more, or smaller batches"
             )
         rows = pack(lengths, fits[0]) if p.rows else [[i] for i in range(len(samples))]
-        count = p.rows * -(-len(rows) // p.rows) if p.rows else len(rows)
+        least = p.rows // self.parts
+        count = least * -(-len(rows) // least) if p.rows else len(rows)
         return collate(samples, rows, fits[0], self.pad, count)
 
 

@@ -46,6 +46,13 @@ def done(folder: Path) -> int:
 Row = tuple[dict, dict[str, Tensor], str, dict[str, Tensor]]  # facts, own tensors, caption, the caption's tensors
 
 
+def finite(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a sample; values that are not finite are a ValueError."""
+    if odd := [k for k, t in tensors.items() if not torch.isfinite(t).all()]:
+        raise ValueError(f"{name}: {odd[0]} has values that are not finite")
+    return tensors
+
+
 def write_part(folder: Path, number: int, rows: Iterable[Row]) -> int:
     """Write one part; the number of its samples."""
     folder = Path(folder)
@@ -106,8 +113,8 @@ class Ahead:
         part, own, row = self.rows[i]
         f = self._file(self._part(part, "safetensors"))
         keys = self._names(part, f)
-        return row["id"], {name: f.get_tensor(key) for whose in (f"{OWN}.{own}", f"{TEXT}.{row['text']}")
-                           for name, key in keys[whose].items()}
+        both = keys[f"{OWN}.{own}"] | keys[f"{TEXT}.{row['text']}"]
+        return row["id"], finite(row["id"], {name: f.get_tensor(key) for name, key in both.items()})
 
     def _names(self, part: int, f: Any) -> dict[str, dict[str, str]]:
         """Of each sample and text of a part, {name: its key in the file}."""
@@ -156,7 +163,7 @@ class Online:
             if len(self.known) >= 1000:
                 self.known.pop(next(iter(self.known)))
             with one_thread():
-                self.known[caption] = self.words(caption)
+                self.known[caption] = finite(f"the caption {caption!r}", self.words(caption))
         return self.known[caption]
 
     def row(self, i: int) -> Row:
@@ -164,7 +171,7 @@ class Online:
         r = self.rows[i]
         size, said = self.sizes[self.place[i]], caption(r)
         with one_thread():
-            own = self.encode(r, size)
+            own = finite(r.id, self.encode(r, size))
         return {"id": r.id, "size": list(size)}, own, said, self.text(said)
 
     def __getitem__(self, i: int) -> tuple[str, dict[str, Tensor]]:

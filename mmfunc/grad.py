@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mmfunc import lower, tree
-from mmfunc.kernels import attention  # noqa: F401  registers mmfunc::keep
+from mmfunc.kernels import attention  # noqa: F401  registers mmfunc::keep and cpu_attention
 from mmfunc.nn import chain
 from mmfunc.tree import Tree
 
@@ -69,9 +69,9 @@ _SDPA = [getattr(torch.ops.aten, n).default for n in (
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention") if hasattr(torch.ops.aten, n)]
 _DOTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]  # bmm, the scores of attention, is none of them
+_OURS = [torch.ops.mmfunc.keep.default, torch.ops.mmfunc.cpu_attention.default]
 SAVED = {  # operations whose results a policy keeps; fused attention is always kept: one graph cannot run it twice
-    "nothing": _SDPA, "attention": [*_SDPA, torch.ops.mmfunc.keep.default],
-    "dots": [*_SDPA, *_DOTS, torch.ops.mmfunc.keep.default],
+    "nothing": _SDPA, "attention": [*_SDPA, *_OURS], "dots": [*_SDPA, *_DOTS, *_OURS],
 }
 
 

@@ -7,6 +7,7 @@ here can run code.
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -85,12 +86,15 @@ def _opened(file: Path, stack: ExitStack) -> tuple[dict[str, tuple[int, ...]], C
 
 
 def read(folder: Path, params: Tree, table: keys.Table, *, spellings: dict[str, str] | None = None,
-         dtype: torch.dtype | None = None, device: str = "cpu") -> Tree:
+         dtype: torch.dtype | None = None, wide: str | None = None, device: str = "cpu") -> Tree:
     """The tensors that params declare, read by slices; every tensor on both sides must find its place.
 
-    spellings: other prefixes of their names and what they stand for.
+    spellings: other prefixes of their names and what they stand for. dtype: None keeps the file's; wide: a rule over
+    our names, whose tensors get 32 bits when the dtype has fewer.
     """
     declared = tree.flatten(params)
+    more = lambda name: dtype and wide and re.search(wide, name)
+    kind = lambda name, t: torch.promote_types(dtype, torch.float32) if more(name) else dtype or t.dtype
     places = keys.lookup(declared, table)
     with ExitStack() as stack:
         shapes, readers, real = {}, {}, {}
@@ -103,7 +107,7 @@ def read(folder: Path, params: Tree, table: keys.Table, *, spellings: dict[str, 
                 shapes[said], readers[said], real[said] = shape, reader, name
         keys.check(declared, places, shapes)
         get = lambda name: readers[name](real[name])
-        out = {name: t.to(device=device, dtype=dtype or t.dtype) for name, t in keys.load(declared, places, get)}
+        out = {name: t.to(device=device, dtype=kind(name, t)) for name, t in keys.load(declared, places, get)}
         claimed = {p.name for p in places.values()}
         for name, place in places.items():
             if place.copy in shapes and place.copy not in claimed and not torch.equal(

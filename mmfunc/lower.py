@@ -18,6 +18,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import flop_counter
 
 from mmfunc import tree
+from mmfunc.kernels import cpu  # noqa: F401  its operations have their FLOPs in torch's table
 from mmfunc.signature import named
 
 aten = torch.ops.aten
@@ -73,24 +74,27 @@ class Lowered:
         As if each operation had its own result: what fusion saves is not known here. A donated state is no output.
         """
         nodes = list(self.graph.graph.nodes)
-        given = {storage(t) for n in nodes if n.op == "placeholder" for t in outputs(n)}
-        kept = {storage(t) for n in nodes[-1].all_input_nodes for t in outputs(n)} - given
-        last = {storage(t): i for i, n in enumerate(nodes) for m in (n, *n.all_input_nodes) for t in outputs(m)}
+        own = {n: {storage(t): t.untyped_storage().nbytes() for t in outputs(n)} for n in nodes}
+        touched = [own[n] | {s: b for m in n.all_input_nodes for s, b in own[m].items()} for n in nodes]
+        given = {s for n in nodes if n.op == "placeholder" for s in own[n]}
+        kept = touched[-1].keys() - given
+        last = {s: i for i, found in enumerate(touched) for s in found}
         size: dict[int, int] = {}
         held = most = 0
-        for i, node in enumerate(nodes[:-1]):
-            touched = {storage(t): t for n in (node, *node.all_input_nodes) for t in outputs(n)}
-            for s in touched.keys() - size.keys() - given:
-                size[s] = touched[s].untyped_storage().nbytes()
-                held += size[s]
+        for i, found in enumerate(touched[:-1]):
+            for s, b in found.items():
+                if s not in size and s not in given:
+                    size[s] = b
+                    held += b
             most = max(most, held)
-            held -= sum(size[s] for s in touched.keys() - given - kept if last[s] == i)
+            held -= sum(size[s] for s in found if last[s] == i and s in size and s not in kept)
         arguments = sum(t.nbytes for t in self.inputs)
         new = sum(size.get(s, 0) for s in kept)
         return {"arguments": arguments, "outputs": new, "temporary": most - new, "peak": arguments + most}
 
     def compile(self) -> Callable:
         """The function for arguments of these shapes, compiled ahead of its first call."""
+        self.graph.recompile()
         call = self.graph
         if self.backend == "inductor":
             from torch._inductor.compile_fx import compile_fx
@@ -172,7 +176,6 @@ def _sink(graph: torch.fx.GraphModule) -> None:
         after = max((new, last.get(storage(old.meta["val"]), new)), key=order.__getitem__)
         if after.op != "placeholder":
             after.append(node)
-    graph.recompile()
 
 
 def calls(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:

@@ -124,11 +124,7 @@ def video(source: Path | bytes, *, fps: float = 2.0, least: int = 4, most: int =
     name = source if isinstance(source, (str, Path)) else f"a video of {len(source)} bytes"
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as box:
-            if not box.streams.video:
-                raise BadMedia(f"{name} has no video stream")
-            stream = box.streams.video[0]
-            if stream.width * stream.height > PIXELS:
-                raise BadMedia(f"{name} has frames of {stream.width} x {stream.height} pixels")
+            stream = _stream(box, name)
             rate = float(stream.average_rate or 24)
             total = stream.frames or sum(1 for _ in box.decode(video=0))
             if not 0 < total <= FRAMES:
@@ -146,6 +142,18 @@ def video(source: Path | bytes, *, fps: float = 2.0, least: int = 4, most: int =
     return x, len(wanted) / (total - first) * rate
 
 
+def _stream(box: Any, name: Any) -> Any:
+    """The first video stream of an open file."""
+    if not box.streams.video:
+        raise BadMedia(f"{name} has no video stream")
+    stream = box.streams.video[0]
+    if stream.codec_context is None:
+        raise BadMedia(f"{name} is a video in a codec that is not known here")
+    if stream.width * stream.height > PIXELS:
+        raise BadMedia(f"{name} has frames of {stream.width} x {stream.height} pixels")
+    return stream
+
+
 def header(source: Path | bytes, *, video: bool) -> tuple[int, int, int]:
     """Frames (1 of a picture), rows and columns, without decoding; frames are what the container says or its length
     times its rate."""
@@ -157,9 +165,7 @@ def header(source: Path | bytes, *, video: bool) -> tuple[int, int, int]:
                 turned = x.getexif().get(0x0112, 1) >= 5  # on its side
                 return (1, x.width, x.height) if turned else (1, x.height, x.width)
         with av.open(opened) as box:
-            if not box.streams.video:
-                raise BadMedia(f"{name} has no video stream")
-            s = box.streams.video[0]
+            s = _stream(box, name)
             length = float(s.duration * s.time_base) if s.duration else (box.duration or 0) / 1e6
             return max(s.frames or round(length * float(s.average_rate or 24)), 2), s.height, s.width
     except (av.error.FFmpegError, OSError, SyntaxError) as e:
@@ -168,12 +174,7 @@ def header(source: Path | bytes, *, video: bool) -> tuple[int, int, int]:
 
 def _timeline(box: Any, name: Any) -> Iterator[tuple[float, Any]]:
     """(seconds since the first frame, frame) of the frames of an open video."""
-    if not box.streams.video:
-        raise BadMedia(f"{name} has no video stream")
-    stream = box.streams.video[0]
-    if stream.width * stream.height > PIXELS:
-        raise BadMedia(f"{name} has frames of {stream.width} x {stream.height} pixels")
-    first = None
+    stream, first = _stream(box, name), None
     for i, f in enumerate(box.decode(video=0)):
         now = i / float(stream.average_rate or 24) if f.time is None else f.time
         first = now if first is None else first

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfunc import tree
+from mmfunc import shard, tree
 from mmfunc.jit import region, value_and_grad
 from mmfunc.tree import Tree
 
@@ -129,13 +129,8 @@ def masters(tx: Transform) -> Transform:
         new = kept["master"] + u
         return new.to(p.dtype).float() - p.float(), {"master": new, "tx": k}
 
-    return Transform(
-        lambda name, p: {"master": p.float().clone(), "tx": tx.init(name, p.float())},
-        update,
-        tx.every,
-        tx.norm,
-        tx.rules,
-    )
+    return Transform(lambda name, p: {"master": p.float().clone(), "tx": tx.init(name, p.float())}, update, tx.every,
+                     tx.norm, tx.rules)
 
 
 # ---- schedules: of the number of updates done, a 0-d tensor
@@ -176,6 +171,7 @@ def init(tx: Transform, params: Tree, frozen: Tree = None, *, fp16: bool = False
                 f"such as {', '.join([*flat][:3])}"
             )
     device = next(iter(flat.values())).device
+    flat = shard.mine(flat)
     count = lambda: torch.zeros((), dtype=torch.int64, device=device)
     state = {
         "params": params,
@@ -204,7 +200,7 @@ def averaged(state: Tree) -> Tree:
                 f"the optimizer keeps no running mean of {name}; put optim.ema(rate) at the end of the chain"
             )
         flat[name] = found[0]
-    return tree.unflatten(flat, state["params"])
+    return tree.unflatten(shard.stored(flat), state["params"])
 
 
 def step(
@@ -219,33 +215,35 @@ def step(
     cast = lambda t: t.to(compute) if compute and t.is_floating_point() else t
 
     def value(params: Tree, batch: Any) -> tuple[Tensor, Tensor]:
-        out = loss(tree.map(cast, tree.merge(params, state["frozen"])), batch)
+        out = shard.share(loss(shard.ready(tree.map(cast, tree.merge(params, state["frozen"]))), batch))
         return (out if factor is None else out * factor), out
 
-    (_, out), grads = value_and_grad(value, has_aux=True)(state["params"], batch)
+    (_, out), grads = value_and_grad(value, has_aux=True)(state["params"], shard.counted(batch))
     if factor is not None:
         grads = tree.map(lambda g: g.float() / factor, grads)
-    return apply(tx, grads, state, out)
+    return apply(tx, grads, state, shard.total(out))
 
 
 def apply(tx: Transform, grads: Tree, state: Tree, value: Tensor) -> tuple[Tree, Tree]:
     """The second half of step: update the state by gradients, unless their norm or the value is not finite."""
     last = (state["step"] + 1) % tx.every == 0
-    flat = tree.flatten(grads)
+    flat = shard.sync(tree.flatten(grads))
     kept = {n: tree.at(state["opt"], n) for n in flat}
     if tx.every > 1:
         flat = {n: kept[n]["sum"] + g for n, g in flat.items()}
-    norm = torch.stack([g.float().square().sum() for g in flat.values()]).sum().sqrt()
+    norm = shard.squares(flat).sqrt()
     finite = torch.isfinite(norm) & (torch.isfinite(value) | torch.tensor(tx.every > 1, device=value.device))
     ctx = {"step": state["step"] // tx.every - state["skipped"], "norm": norm, "apply": last & finite, "last": last}
     params, opt = {}, {}
+    old = shard.mine(tree.flatten(state["params"]))
     run = _updates(tx) if torch.compiler.is_compiling() else _update(tx)
     for names in groups(list(flat)):
-        given = [(flat[n], kept[n], tree.at(state["params"], n)) for n in names]
+        given = [(flat[n], kept[n], old[n]) for n in names]
         for n, (p, k) in zip(names, run(given, ctx)):
             params[n], opt[n] = p, k
     bad = last & ~finite
-    new = state | {"params": tree.unflatten(params, state["params"]), "opt": tree.unflatten(opt, state["params"]),
+    like = state["params"]
+    new = state | {"params": tree.unflatten(shard.stored(params), like), "opt": tree.unflatten(opt, like),
                    "step": state["step"] + 1, "skipped": state["skipped"] + bad}
     if "scale" in state:
         new["scale"], harmless = rescaled(state["scale"], last, finite)

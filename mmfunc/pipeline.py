@@ -19,8 +19,8 @@ from mmfunc.bundle import PARTS, Part, Pipeline, adapted, defaults, export, load
 from mmfunc.sampler import Table
 from mmfunc.tree import Tree
 
-__all__ = ["PARTS", "Part", "Pipeline", "Plan", "adapted", "conditions", "defaults", "export", "keys_of", "latents",
-           "load", "pixels", "plan", "sample", "scratch", "shape", "texts"]
+__all__ = ["PARTS", "Part", "Pipeline", "Plan", "adapted", "check", "conditions", "defaults", "export", "keys_of",
+           "latents", "load", "pixels", "plan", "sample", "scratch", "shape", "texts"]
 
 SHIFTS = {"flow_euler": "shift", "flow_heun": "shift", "unipc": "flow_shift", "dpm": "flow_shift"}  # samplers of flows
 RESOLUTION = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # FLUX's
@@ -42,38 +42,47 @@ def _apart(fn: Callable, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def texts(pipe: Pipeline, said: Sequence[str], length: int | None = None, *, strict: bool = False) -> dict[str, Tensor]:
+def texts(pipe: Pipeline, said: Sequence[str], length: int | None = None, *, strict: bool | None = False
+          ) -> dict[str, Tensor]:
     """Features of prompts under the transformer's names, [B, ...] each; a prompt's do not depend on the others.
 
-    length: tokens for the transformer, fewer than the default. What is longer is cut, with one warning; strict: it is
-    a ValueError when no encoder reads a prompt to its end.
+    length: tokens for the transformer, fewer than the default. What is longer is cut, and told as by check; strict
+    None: it is not told.
     """
-    recipe, rows, lost = recipes.of(pipe.kind), [], []
-    if not pipe.text:
-        _loaded(None, "text", pipe)
-    lengths = pipe.lengths if length is None else (*pipe.lengths[:-1], length)
+    recipe, rows = recipes.of(pipe.kind), []
+    lengths = _lengths(pipe, length)
+    if strict is not None:
+        check(pipe, said, length, strict=strict, above=2)
     for prompt in map(recipe.clean, said):
-        row, cuts = {}, []
+        row = {}
         for (part, words), encoder, n in zip(pipe.text, recipe.text, lengths):
-            batch, cut = prompts.encode(words, [prompt], n)
+            batch, _ = prompts.encode(words, [prompt], n)
             device = tree.leaves(part.params)[0].device
             row |= encoder.features(part, batch["input_ids"].to(device), batch["attention_mask"].to(device))
-            cuts += cut
         rows.append(row)
-        lost.append(cuts)
-    _warn([e.folder for e in recipe.text], lengths, lost, strict)
     return {k: torch.cat([r[k] for r in rows]) for k in rows[0]}
 
 
-def _warn(names: Sequence[str], lengths: Sequence[int], lost: list[list[int]], strict: bool) -> None:
-    """Tell which prompts were cut, by encoder."""
-    each = [[cut for cut in column if cut] for column in zip(*lost)]
-    found = "; ".join(f"{len(cuts)} of {len(lost)} prompts are longer than the {n} tokens of {name} and lose up to "
-                      f"{max(cuts)}" for name, n, cuts in zip(names, lengths, each) if cuts)
-    if strict and any(min(cuts) for cuts in lost):
+def _lengths(pipe: Pipeline, length: int | None) -> tuple[int, ...]:
+    if not pipe.text:
+        _loaded(None, "text", pipe)
+    return pipe.lengths if length is None else (*pipe.lengths[:-1], length)
+
+
+def check(pipe: Pipeline, said: Sequence[str], length: int | None = None, *, strict: bool = False, above: int = 0
+          ) -> None:
+    """One warning that counts the prompts that lose their ends, by encoder; strict: where no encoder reads a prompt to
+    its end, a ValueError. above: frames between the warning's place and the caller."""
+    recipe, lengths = recipes.of(pipe.kind), _lengths(pipe, length)
+    clean = list(map(recipe.clean, said))
+    lost = [prompts.encode(words, clean, n)[1] for (_, words), n in zip(pipe.text, lengths)]
+    each = [[cut for cut in column if cut] for column in lost]
+    found = "; ".join(f"{len(cuts)} of {len(said)} prompts are longer than the {n} tokens of {encoder.folder} and lose "
+                      f"up to {max(cuts)}" for encoder, n, cuts in zip(recipe.text, lengths, each) if cuts)
+    if strict and any(min(cuts) for cuts in zip(*lost)):
         raise ValueError(found)
     if found:
-        warnings.warn(found, stacklevel=4)  # past torch.no_grad's frame
+        warnings.warn(found, stacklevel=2 + above)
 
 
 @torch.no_grad()

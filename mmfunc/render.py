@@ -87,8 +87,9 @@ def check(pipe: Pipeline, t: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def make(pipe: Pipeline, t: dict[str, Any], plans: dict | None = None,
-         tell: Callable[[int, int], None] | None = None) -> Tensor:
-    """Pixels [3, (T,) Y, X] of a task, on the CPU; plans: a dict that keeps what was compiled for other tasks."""
+         tell: Callable[[int, int], None] | None = None, *, strict: bool | None = False) -> Tensor:
+    """Pixels [3, (T,) Y, X] of a task, on the CPU; plans: a dict that keeps what was compiled for other tasks; strict:
+    of prompts that are too long, as pipeline.texts takes it."""
     check(pipe, t)
     recipe, plans = recipes.of(pipe.kind), {} if plans is None else plans
     device = tree.leaves(pipe.transformer.params)[0].device
@@ -96,7 +97,7 @@ def make(pipe: Pipeline, t: dict[str, Any], plans: dict | None = None,
     size = (1, *pipeline.shape(pipe, t["height"], t["width"], t.get("frames")))
     look = lambda path: gallery.picture(Path(path), t["height"], t["width"])[None].to(device)
     sides = t.get("frames"), t["height"], t["width"]
-    cond, start = pipeline.texts(pipe, [t["prompt"]]), None
+    cond, start = pipeline.texts(pipe, [t["prompt"]], strict=strict), None
     if recipe.image:
         cond |= pipeline.conditions(pipe, look(t["image"][0]), t["frames"], *map(look, t["image"][1:]), **tile)
     elif t["image"] and _reads(pipe):
@@ -106,7 +107,7 @@ def make(pipe: Pipeline, t: dict[str, Any], plans: dict | None = None,
         start = pipeline.latents(pipe, x.to(device), random.fold_in(key, "image")[None] if t["image"] else None,
                                  **tile), t["strength"]
     scale = t["true_guidance"] if recipe.embedded else t["guidance"]
-    uncond = pipeline.texts(pipe, [t["negative"]]) if scale > 1 else None
+    uncond = pipeline.texts(pipe, [t["negative"]], strict=strict) if scale > 1 else None
     how = {k: t[k] for k in HOW if t.get(k) is not None} | {"strength": t.get("strength") if start else None}
     kind = json.dumps([size, how])
     plans[kind] = plans.get(kind) or pipeline.plan(pipe, size, **how)
@@ -125,15 +126,18 @@ def _reference(pipe: Pipeline, path: str, t: dict[str, Any]) -> Tensor:
 
 
 def show(folder: Path, pipe: Pipeline, tasks: Sequence[dict], *, step: int = 0, said: dict | None = None,
-         plans: dict | None = None, tell: Callable[[int, dict], None] | None = None) -> list[dict]:
+         plans: dict | None = None, tell: Callable[[int, dict], None] | None = None, strict: bool = False
+         ) -> list[dict]:
     """Make all tasks, write their files below a folder, and add their rows to its gallery.jsonl.
 
     step: of training, which names the files too. said: what every file says besides its task. tell gets (which, row).
+    Prompts that are too long are cut with one warning for all, or refused when strict.
     """
     folder, rows, plans = Path(folder), [], {} if plans is None else plans
+    pipeline.check(pipe, list({t["prompt"]: None for t in tasks}), strict=strict)
     for i, (t, name) in enumerate(zip(tasks, gallery.names([t["prompt"] for t in tasks]))):
         stem = folder / f"step-{step:06d}" / name if step else folder / name
-        file = gallery.save(stem, make(pipe, t, plans), t | (said or {}), t.get("fps", 16))
+        file = gallery.save(stem, make(pipe, t, plans, strict=None), t | (said or {}), t.get("fps", 16))
         row = {"step": step, "prompt": t["prompt"], "seed": t["seed"], "file": str(file.relative_to(folder))}
         with (folder / "gallery.jsonl").open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")

@@ -1,6 +1,7 @@
 """Check a model folder, merge adapters into it, cast it, and write it in shards.
 
     python programs/convert.py --model Qwen2.5-VL-7B/ --adapter runs/lora/adapter --out merged/ --dtype bf16
+    python programs/convert.py --model FLUX.1-dev/ --adapter pytorch_lora_weights.safetensors --out merged/
 
 Without --out it only checks: every tensor's name and shape, finite values, the tokenizer against the embedding.
 """
@@ -15,18 +16,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mmfunc import hub, lora, models, text, tree
+from mmfunc import bundle, hub, lora, models, text, tree
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Args:
-    model: Path  # a hub folder
+    model: Path  # a hub folder, or a diffusers pipeline's
     out: Path | None = None  # the folder to write
-    adapter: Path | None = None  # a PEFT folder, merged into the weights
+    adapter: Path | None = None  # merged into the weights: PEFT's folder; of a pipeline diffusers' or ComfyUI's file
     dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
-    shard: float = 5.0  # GB of a weights file at most
+    shard: float = 5.0  # GB of a weights file at most; a pipeline's have 5
 
 
 def check(folder: Path, family: str, c: object, params: tree.Tree) -> Table:
@@ -47,7 +48,20 @@ def check(folder: Path, family: str, c: object, params: tree.Tree) -> Table:
     return table
 
 
+def pipeline(a: Args) -> None:
+    """The same of a pipeline's folder, part by part; what diffusers keeps in float32 stays so."""
+    pipe = bundle.load(a.model, dtype=DTYPES[a.dtype])
+    pipe = bundle.adapted(pipe, a.adapter) if a.adapter else pipe
+    for name, part in bundle.parts(pipe).items():
+        Console().print(check(a.model / name, part.family.__name__.rpartition(".")[2], part.config, part.params))
+    if a.out:
+        bundle.export(a.out, pipe)
+        print(f"written to {a.out}")
+
+
 def main(a: Args) -> None:
+    if (a.model / "model_index.json").exists():
+        return pipeline(a)
     family, c, params = models.load(a.model, DTYPES[a.dtype])
     if a.adapter:
         table, spelled = models.table(family, c), models.spellings(family, c)
@@ -55,7 +69,7 @@ def main(a: Args) -> None:
     Console().print(check(a.model, family.__name__.rpartition(".")[2], c, params))
     if a.out:
         hub.write(a.out, params, family.params(c), models.table(family, c), hub.config(a.model), like=a.model,
-                  dtype=DTYPES[a.dtype], shard=int(a.shard * 1e9))
+                  shard=int(a.shard * 1e9))
         print(f"written to {a.out}")
 
 

@@ -56,7 +56,7 @@ def main(a: Args) -> None:
         if len(bad) > 0.01 * len(source):
             raise ValueError(f"{len(bad)} of {len(source)} samples could not be used; see {a.out}/bad_samples.jsonl. "
                              f"The last: {bad[-1]['reason']}")
-    features.finish(a.out, said, source.empty())
+    features.finish(a.out, said | {"model": str(a.model)}, source.empty())
     print(f"{a.out}: {len(features.Ahead(a.out))} samples in {features.done(a.out)} parts, {len(bad)} left out")
 
 

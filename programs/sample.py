@@ -45,6 +45,7 @@ class Args:
     tile: int | None = None  # pixels of a square that the VAE works on at once; all unless given
     seed: int = 0  # of the first sample; each further one has one more
     repeat: int = 1  # samples of each prompt
+    strict: bool = False  # refuse prompts that the text encoder would cut
     lora: Path | None = None  # adapters: a folder or a file
     dtype: Literal["fp32", "bf16"] = "fp32"  # of transformer and text encoders
     backend: Literal["eager", "inductor"] = "eager"
@@ -95,7 +96,8 @@ def main(a: Args) -> None:
         print(f"{i + 1}/{len(todo)}  seed {row['seed']}  {row['file']}  {spent:.1f} s, "
               f"ETA {spent / (i + 1) * (len(todo) - i - 1):.0f} s", flush=True)
 
-    render.show(a.out, pipe, todo, said=source | {"versions": metrics.versions()}, tell=tell)
+    render.show(a.out, pipe, todo, said=source | {"versions": metrics.versions()}, tell=tell,
+                strict=a.strict)
     print(report.write(a.out))
 
 

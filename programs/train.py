@@ -2,9 +2,10 @@
 
     python programs/train.py --model Qwen2.5-VL-7B/ --data sft.jsonl --out runs/sft --train '^blocks' --lr 1e-5
     python programs/train.py --model Qwen2.5-VL-7B/ --data sft.jsonl --out runs/lora --lora.rank 16
+    torchrun --nproc-per-node 4 programs/train.py ... --mesh.fsdp 2 --mesh.tp 2
 
-The same command again goes on from the newest checkpoint. Exit codes: 0 done, 3 bad input, 4 five updates in a row
-were not finite, 75 stopped by SIGTERM after saving.
+The same command again goes on from the newest checkpoint, on any mesh. Exit codes: 0 done, 3 bad input, 4 five updates
+in a row were not finite, 75 stopped by SIGTERM after saving.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from mmfunc import checkpoint, data, jit, lora, metrics, optim, random, report, tasks, tree
+from mmfunc import checkpoint, data, jit, lora, metrics, optim, random, report, shard, tasks, tree
 from mmfunc.tasks.language import Rows
 from mmfunc.tasks.pictures import Clips
 
@@ -55,6 +56,7 @@ class Args:
     backend: Literal["inductor", "eager"] = "inductor"
     remat: Literal["nothing", "attention", "dots"] | None = None  # what layers keep for the backward pass; None: all
     workers: int = 1  # loader processes; batches are the same for any number
+    mesh: shard.Mesh = field(default_factory=shard.Mesh)  # ranks along each axis, which torchrun starts
     questions: Path | None = None  # asked at each save, for the report: records, or a file of prompts to draw
     lora: Lora = field(default_factory=Lora)
     rows: Rows = field(default_factory=Rows)  # batches of conversations
@@ -64,9 +66,12 @@ class Args:
 def start(a: Args, task: Any) -> tuple[Any, Any, dict, optim.Transform]:
     """(family, Config, training state, optimizer) before the first step."""
     family, c, params = task.load(a, random.key(a.seed))
+    declared = family.params(c)
     if a.lora.rank:
-        declared = lora.LoRA(family.params(c), a.lora.rank, a.lora.where or task.LORA, a.lora.alpha)
+        declared = lora.LoRA(declared, a.lora.rank, a.lora.where or task.LORA, a.lora.alpha)
         params = tree.merge(params, tree.init(tree.select(declared, r"\.lora_"), random.key(a.seed)))
+    shard.declare(declared)
+    params = shard.place(params)
     trained = tree.select(params, lora.TRAINED if a.lora.rank else a.train)
     rate = optim.warmup(a.warmup, optim.cosine(a.lr, max(a.steps - a.warmup, 1), 0.01 * a.lr))
     parts = [optim.clip(a.clip), optim.adamw(0.9, 0.98), optim.decay(a.decay), optim.scale(rate)]
@@ -75,9 +80,16 @@ def start(a: Args, task: Any) -> tuple[Any, Any, dict, optim.Transform]:
 
 
 def main(a: Args) -> int:
+    if a.mesh.pp > 1:
+        raise ValueError(f"--mesh.pp {a.mesh.pp}: this program runs no pipelines; mmfunc.relay does, from a script")
+    with shard.world(a.mesh):
+        return run(a)
+
+
+def run(a: Args) -> int:
     task = tasks.of(a.model)
     family, c, state, tx = start(a, task)
-    settings = {k: v for k, v in asdict(a).items() if k not in ("out", "workers", "save", "questions")}
+    settings = {k: v for k, v in asdict(a).items() if k not in ("out", "workers", "save", "questions", "mesh")}
     meta = json.loads(json.dumps(settings, default=str))
     found = checkpoint.restore(a.out / "checkpoints", state)
     if found:
@@ -90,43 +102,47 @@ def main(a: Args) -> int:
                    buckets=task.signatures(a), remat=a.remat)
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-    source, watch = task.batches(a, family, c), data.Watch(a.out / "bad_samples.jsonl")
+    out = a.out / f"rank-{shard.rank()[0]}" if shard.rank()[0] else a.out  # the first rank's log is the run's
+    source, watch = task.batches(a, family, c), data.Watch(out / "bad_samples.jsonl")
     saver = checkpoint.Saver(a.out / "checkpoints")
-    with metrics.Log(a.out, a.steps, metrics.config(asdict(a)), resume=done) as log:
+    with metrics.Log(out, a.steps, metrics.config(asdict(a)), resume=done) as log:
         for number, micro, facts in _timed(data.stream(source, done, a.steps, a.workers), log):
             watch(number, facts)
             with log.time("compute"):
+                losses = []  # each micro-batch's part of the update's
                 for batch in micro:
                     state, told = step(state, batch)
-                told = {k: v.item() for k, v in told.items()}
-            log(number + 1, told, tokens=facts["tokens"], samples=facts["samples"])
+                    losses.append(told["loss"].item())
+                told = {k: v.item() for k, v in told.items()} | {"loss": sum(losses)}
+            log(number + 1, told, **{k: facts[k] * shard.part()[1] for k in ("tokens", "samples")})
             if not told["finite"]:
                 log.event("not finite", ids=facts["ids"])
             if told["in_a_row"] >= 5:
                 print("five updates in a row were not finite; see metrics.jsonl for their samples", file=sys.stderr)
                 return 4
-            if (number + 1) % a.save == 0 or number + 1 == a.steps or stopped:
+            stop = any(shard.everyone(bool(stopped)))
+            if (number + 1) % a.save == 0 or number + 1 == a.steps or stop:
                 with log.time("checkpoint"):
                     _told(partial(saver, number + 1, state, meta), log)
-                    task.show(a, family, c, result(a, state), number + 1)
-                    report.write(a.out)
-            if stopped:
+                    shard.alone(task.show, a, family, c, result(a, state), number + 1)
+                    report.write(out)
+            if stop:
                 saver.close()
                 return 75
         _told(saver.close, log)
         for entry in step.stats():
             log.event("compile", **entry)
-    report.write(a.out)
+    report.write(out)
     params = result(a, state)
     if a.lora.rank:
-        task.adapter(a, family, c, params)
-    task.export(a, family, c, lora.merge(params))
+        shard.alone(task.adapter, a, family, c, params)
+    shard.alone(task.export, a, family, c, lora.merge(params))
     return 0
 
 
 def result(a: Args, state: tree.Tree) -> tree.Tree:
-    """The parameters that training has arrived at, or their running mean."""
-    return tree.merge(optim.averaged(state), state["frozen"]) if a.ema else optim.full(state)
+    """The whole parameters that training has arrived at, or their running mean."""
+    return shard.whole(tree.merge(optim.averaged(state), state["frozen"]) if a.ema else optim.full(state))
 
 
 def _told(save: Any, log: metrics.Log) -> None:
@@ -142,7 +158,7 @@ def _timed(stream: Any, log: metrics.Log) -> Any:
     """The items of a stream, the waiting for each counted as data wait."""
     stream = iter(stream)
     while True:
-        with log.time("data_wait"):
+        with log.time("data_wait"), shard.use(None):  # encoders may run there
             item = next(stream, None)
         if item is None:
             return

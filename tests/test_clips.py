@@ -1,6 +1,7 @@
 """Captioned pictures and videos as batches, and diffusion training end to end: exact resume, ahead of time = online."""
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -51,6 +52,55 @@ def test_header_and_frames(tmp_path):
     media.write_video(tmp_path / "one.mp4", film[:1], fps=8)
     with pytest.raises(media.BadMedia, match="one.mp4 ends after"):
         media.frames(tmp_path / "one.mp4", 5, 8)
+
+
+def film(file, frames=40, codec="libx264"):
+    """A noisy video, so that its frames are many bytes."""
+    with av.open(str(file), "w", options={"movflags": "faststart"} if file.suffix == ".mp4" else {}) as box:
+        stream = box.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for x in np.random.default_rng(0).integers(0, 255, (frames, 64, 96, 3)).astype(np.uint8):
+            box.mux(stream.encode(av.VideoFrame.from_ndarray(x, format="rgb24")))
+        box.mux(stream.encode())
+    return file.read_bytes()
+
+
+def sound(file):
+    with av.open(str(file), "w") as box:
+        stream, quiet = box.add_stream("aac", rate=16000), av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), "fltp", "mono")
+        quiet.rate = 16000
+        box.mux(stream.encode(quiet))
+        box.mux(stream.encode())
+    return file.read_bytes()
+
+
+CODEC = r"v\.\w+ is a video in a codec that is not known here"
+DAMAGED = {  # what a video is made into: its name, and what is said of it
+    "cut": ("v.mp4", lambda f: film(f)[: len(film(f)) // 2], r"v.mp4 cannot be decoded: .*Invalid data"),
+    "cut between frames": ("v.mkv", lambda f: film(f)[: len(film(f)) // 2], r"v.mkv ends after [12]\.\d+ s; 30 frames at 8 .* need 3.75 s"),
+    "no frames": ("v.mkv", lambda f: film(f).partition(bytes.fromhex("1F43B675"))[0], r"v.mkv cannot be decoded: .*End of file"),
+    "one frame": ("v.mp4", lambda f: film(f, 1), r"v.mp4 ends after 0.12 s; 30 frames"),
+    "no video": ("v.mp4", sound, r"v.mp4 has no video stream"),
+    "codec of an mp4": ("v.mp4", lambda f: film(f).replace(b"avc1", b"zzz1"), CODEC),
+    "codec of an mkv": ("v.mkv", lambda f: film(f).replace(b"V_MPEG4/ISO/AVC", b"V_XXXXX/ISO/AVC"), CODEC),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_videos_are_told_and_replaced(kind, tmp_path):
+    """By name and reason, where they are read, from their header alone, and in a batch, which takes another."""
+    name, made, match = DAMAGED[kind]
+    (tmp_path / name).write_bytes(made(tmp_path / name))
+    for source in (tmp_path / name, (tmp_path / name).read_bytes()):
+        with pytest.raises(media.BadMedia, match=match if source == tmp_path / name else match.partition(" ")[2]):
+            media.frames(source, 30, 8)
+    film(tmp_path / "good.mp4")
+    rows = [records.Record(n, [{"role": "assistant", "content": "x"}], [], [tmp_path / n]) for n in (name, "good.mp4")]
+    encoded = features.Online(rows, [0, 0], [(30, 16, 16)], lambda r, size: {"latents": clips.pixels(r, size, 8.0)},
+                              lambda said: {"words": torch.ones(1)})
+    micro, facts = clips.Batches(encoded, clips.Plan((2,), drop=0.0))[0]
+    assert facts["ids"] == ["good.mp4"] * 2 and micro[0]["latents"].shape == (2, 3, 30, 16, 16)
+    assert facts["bad"] and all(re.search(match, b["reason"]) and b["index"] == 0 for b in facts["bad"])
 
 
 def test_a_variable_frame_rate_keeps_its_pace(tmp_path):
@@ -168,7 +218,7 @@ def test_a_batch_is_a_function_of_its_number():
 def args(root, kind, out, **more):
     size = {"flux": "8x8", "wan": "9x16x16"}[kind]
     folder = {"flux": "drawings", "wan": "clips"}[kind]
-    return train.Args(root / kind, root / folder, out, **{
+    return train.Args(**{"model": root / kind, "data": root / folder, "out": out,
         "scratch": True, "steps": 4, "batch": 3, "lr": 1e-3, "warmup": 2, "save": 1, "backend": "eager", "workers": 0,
         "clips": pictures.Clips((size,), fps=8.0)} | more)
 
@@ -214,7 +264,7 @@ def test_features_of_other_encoders_or_sizes_are_refused(root, tmp_path):
     shutil.copytree(a.model, tmp_path / "other")
     file = tmp_path / "other" / "text_encoder_2" / "config.json"
     file.write_text(file.read_text() + " ")
-    with pytest.raises(ValueError, match=r"encoders: \w+ there, \w+ in this run"):
+    with pytest.raises(ValueError, match=r"made with .*/flux otherwise than with .*/other in this run: encoders: \w+ there, \w+ in"):
         train.main(replace(a, data=tmp_path / "f", model=tmp_path / "other"))
     (tmp_path / "f" / "index.json").unlink()
     with pytest.raises(ValueError, match="no finished folder of features|neither metadata"):
@@ -225,6 +275,52 @@ def test_features_of_other_encoders_or_sizes_are_refused(root, tmp_path):
         train.main(replace(a, clips=replace(a.clips, sizes=("9x8x8",))))
     with pytest.raises(ValueError, match="give the sizes"):
         train.main(replace(a, clips=pictures.Clips()))
+
+
+class Broken:
+    """Two samples, the first with a NaN in its latents."""
+
+    def __getitem__(self, i):
+        return records.Record(str(i), [{"role": "assistant", "content": "x"}], [torch.tensor([float("nan"), 1.0][i])])
+
+    def __len__(self):
+        return 2
+
+
+def test_values_that_are_not_finite(tmp_path):
+    """In latents that are encoded now, in features, and in a caption's: the sample is named, and another taken."""
+    encoded = lambda words: features.Online(Broken(), [0, 0], [(1, 1, 1)], lambda r, size: {
+        "latents": r.images[0].expand(1, 1, 1)}, lambda said: {"words": torch.tensor([words])})
+    with pytest.raises(ValueError, match="0: latents has values that are not finite"):
+        encoded(1.0).row(0)  # so encode.py leaves it out
+    with pytest.raises(ValueError, match="the caption 'x': words has values that are not finite"):
+        encoded(float("inf"))[1]
+    nan = {"latents": torch.full((1, 1, 1), float("nan"))}
+    said = lambda name: {"id": name, "size": [1, 1, 1]}
+    good = encoded(1.0).row(1)
+    features.write_part(tmp_path, 0, [(said("bad"), nan, "x", good[3]), (said("good"), *good[1:])])
+    features.finish(tmp_path, {"sizes": [[1, 1, 1]]}, {"words": torch.zeros(1)})
+    for source, name in ((encoded(1.0), "0"), (features.Ahead(tmp_path), "bad")):
+        micro, facts = clips.Batches(source, clips.Plan((2,), drop=0.0))[0]
+        assert micro[0]["latents"].isfinite().all() and len(set(facts["ids"])) == 1 and facts["bad"]
+        assert all(b["reason"] == f"{name}: latents has values that are not finite" for b in facts["bad"])
+
+
+def test_captions_that_are_too_long(root, tmp_path):
+    """Cut with one warning that counts them, or refused by a flag, in training and ahead of time."""
+    said = ["a handwritten seven", "a handwritten nine " * 4, "a nine " * 9, "a nine " * 9]
+    rows = [json.loads(r) for r in (root / "drawings" / "metadata.jsonl").read_text().splitlines()[: len(said)]]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r | {"text": s}) + "\n" for r, s in zip(rows, said)))
+    how = pictures.Clips(("8x8",))
+    message = "2 of 3 prompts are longer than the 8 tokens of text_encoder and lose up to 11; 2 of 3 prompts .* text_encoder_2"
+    e = encode.Args(root / "flux", tmp_path / "r.jsonl", tmp_path / "f", root / "drawings", clips=how)
+    a = args(root, "flux", tmp_path / "a", data=e.data, media=e.media, clips=how, steps=2)
+    for program, given in ((encode, e), (train, a)):
+        with pytest.warns(UserWarning, match=message) as told:
+            program.main(given)
+        assert len([w for w in told if "prompts are longer" in str(w.message)]) == 1
+        with pytest.raises(ValueError, match=message):
+            program.main(replace(given, out=tmp_path / "new", clips=replace(how, strict=True)))
 
 
 def test_lora_trains_and_is_written_for_diffusers(root, tmp_path):

@@ -112,7 +112,7 @@ def test_cost_is_torchs_and_memory_falls_with_remat():
     plain = jit.jit(step).lower(params(), BATCH)
     assert abs(plain.cost()["flops"] / count.get_total_flops() - 1) < 0.01
     again = {p: jit.jit(step, remat=p).lower(params(), BATCH).cost()["flops"] for p in ("nothing", "attention", "dots")}
-    assert plain.cost()["flops"] < again["dots"] < again["attention"] < again["nothing"] < 4 / 3 * plain.cost()["flops"]
+    assert plain.cost()["flops"] <= again["dots"] < again["attention"] < again["nothing"] < 4 / 3 * plain.cost()["flops"]
 
 
 def test_lowered_compiles_ahead():

@@ -2,22 +2,29 @@
 
 import json
 import shutil
+import sys
 import warnings
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 import transformers
+from diffusion_references import velocity
 from PIL import Image
 from references import redraw
 from test_vaes import reference as autoencoder
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as token_models
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmfunc import gallery, models, pipeline, random, sampler, tree
+sys.path.insert(0, str(Path(__file__).parent.parent / "programs"))
+import convert
+
+from mmfunc import gallery, keys, lora, models, pipeline, random, sampler, tree
 
 WORDS = "a photo of an astronaut riding a horse on mars , it's film the cat is red blurry low quality".split()
 PROMPTS = ["a photo of the cat", "an astronaut riding a horse on mars , film"]
@@ -302,6 +309,45 @@ def test_one_part_is_trained_and_the_others_are_carried(saved, tmp_path):
     assert pipeline.latents(mixed, draw(1, 3, 16, 16)).dtype == torch.float32
 
 
+class Wide(TorchDispatchMode):
+    """Counts the matrix products in float32."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution)
+        self.count += func.overloadpacket in products and args[1].dtype == torch.float32
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["WanPipeline", "WanImageToVideoPipeline", "FluxPipeline"])
+def test_bf16_is_where_diffusers_has_it(kind, saved):
+    """Wan's time embedding, offsets and the norms beside them stay in float32; all products but that embedding's are
+    bf16, as theirs."""
+    folder, _ = saved(kind)
+    ref = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=torch.bfloat16)
+    low = pipeline.load(folder, dtype=torch.bfloat16)
+    for part, theirs in ((low.transformer, ref.transformer), (low.vae, ref.vae)):
+        table, declared = models.table(part.family, part.config), tree.flatten(part.family.params(part.config))
+        names, found = dict(theirs.named_parameters()), tree.flatten(part.params)
+        assert {n: t.dtype for n, t in found.items()} == {
+            n: names[place.name].dtype for n, place in keys.lookup(declared, table).items()}
+    texts = [ref.text_encoder, *([ref.text_encoder_2] if "Flux" in kind else [])]
+    assert {t.dtype for e in texts for t in e.parameters()} == {torch.bfloat16} == {
+        t.dtype for part, _ in low.text for t in tree.leaves(part.params)}
+    c, g = low.transformer.config, torch.Generator().manual_seed(2)
+    x = torch.randn(1, c.channels, *((3, 6, 10) if kind.startswith("Wan") else (6, 10)), generator=g).bfloat16()
+    cond = pipeline.texts(low, ["cat"]) | ({"guidance": x.new_full((1,), 3.5)} if "Flux" in kind else {})
+    cond |= pipeline.conditions(low, draw(1, 3, 48, 80), 9) if "Image" in kind else {}
+    with torch.no_grad(), Wide() as mine:
+        y = low.transformer.family.predict(low.transformer.params, c, x, torch.tensor([0.5]), cond)
+    b = tree.map(lambda t: t.bfloat16(), cond) | {"t": torch.tensor([0.5])}
+    with torch.no_grad(), Wide() as their:
+        wanted = velocity(kind.lower(), b, x, ref.transformer)
+    assert mine.count == their.count == 2 * kind.startswith("Wan")
+    assert y.dtype == wanted.dtype == torch.bfloat16 and (y - wanted).float().std() < 0.02 * wanted.float().std()
+
+
 @pytest.mark.parametrize("kind", ["WanImageToVideoPipeline", "FluxKontextPipeline"])
 def test_from_scratch_to_a_folder_that_diffusers_runs(kind, saved, tmp_path):
     """Random weights, and the tokenizers of another pipeline written as our own files."""
@@ -372,6 +418,35 @@ def test_adapters_of_diffusers(saved, tmp_path):
     assert {t.dtype for t in tree.leaves(low.transformer.params)} == {torch.bfloat16}
     again = pipeline.sample(low, pipeline.texts(low, PROMPTS[:1]), None, noise, steps=2)
     assert again.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["FluxPipeline", "WanPipeline"])
+def test_convert_merges_adapters_into_a_pipeline(kind, saved, tmp_path):
+    """diffusers' file into FLUX, ComfyUI's into Wan; in bf16, where Wan keeps some of it in float32."""
+    folder, pipe = saved(kind)
+    part = pipe.transformer
+    declared = lora.LoRA(part.family.params(part.config), 2, r"(self|attention)\.(q|v)$", 4)
+    added = tree.select(tree.map(lambda p: replace(p, init=tree.normal(0.1)), declared), r"\.lora_[ab]$")
+    scales = tree.select(tree.init(declared, random.key(0)), r"lora_scale$")
+    wide = tree.merge(tree.merge(part.params, tree.init(added, random.key(1))), scales)
+    comfy = kind.startswith("Wan")
+    table = part.family.ORIGINAL(part.config) if comfy else models.table(part.family, part.config)
+    lora.export_weights(tmp_path / "l.safetensors", wide, table, prefix="diffusion_model." if comfy else "transformer.")
+    convert.main(convert.Args(folder, tmp_path / "full", tmp_path / "l.safetensors"))
+    merged, back = tree.flatten(lora.merge(wide)), tree.flatten(pipeline.load(tmp_path / "full").transformer.params)
+    assert all((t - back[n]).abs().max() < 1e-6 for n, t in merged.items())
+    assert sum(not torch.equal(t, tree.at(part.params, n)) for n, t in back.items()) == len(tree.leaves(scales))
+    convert.main(convert.Args(folder, tmp_path / "low", tmp_path / "l.safetensors", "bf16"))
+    low = pipeline.load(tmp_path / "low")
+    want = tree.flatten(pipeline.load(folder, dtype=torch.bfloat16).transformer.params)
+    assert {n: t.dtype for n, t in tree.flatten(low.transformer.params).items()} == {n: t.dtype for n, t in want.items()}
+    assert all((t - back[n]).abs().max() <= 0.01 * back[n].abs().max() for n, t in tree.flatten(low.transformer.params).items())
+    assert {t.dtype for p in (low.vae, low.text[0][0]) for t in tree.leaves(p.params)} == {torch.bfloat16}
+    getattr(diffusers, kind).from_pretrained(tmp_path / "low", torch_dtype=torch.bfloat16)
+    nan = replace(part, params=tree.map(lambda t: t * float("nan"), part.params))
+    pipeline.export(tmp_path / "nan", replace(pipe, transformer=nan))
+    with pytest.raises(ValueError, match=r"tensors of .*/nan/transformer have values that are not finite"):
+        convert.main(convert.Args(tmp_path / "nan"))
 
 
 # properties

@@ -2,18 +2,14 @@
 
 import json
 import os
-import random as rng
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
+import kills
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "programs"))
@@ -58,7 +54,7 @@ def args(root, out, **more):
 
 
 def final(out):
-    return load_file(checkpoint.place(out / "checkpoints", 6) / "state-0.safetensors")
+    return kills.final(out, 6)
 
 
 def test_training_and_held_out_scans_never_mix(run):
@@ -145,45 +141,17 @@ def program(root, out, steps=6):
 def test_kills_and_sigterm_end_in_the_same_bits(run, tmp_path):
     """The program itself, killed by -9 at some time and asked to stop by SIGTERM, then run to its end."""
     root, a = run
-    out = tmp_path / "a"
-    for how in (signal.SIGKILL, signal.SIGTERM):
-        was = len(checkpoint.steps(out / "checkpoints"))
-        p = subprocess.Popen(program(root, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until = time.time() + 60
-        while len(checkpoint.steps(out / "checkpoints")) <= was and p.poll() is None and time.time() < until:
-            time.sleep(0.002)
-        p.send_signal(how)
-        assert p.wait(60) in (-signal.SIGKILL, 75, 0)
-    assert subprocess.run(program(root, out), stdout=subprocess.DEVNULL).returncode == 0
-    assert all(torch.equal(v, final(a.out)[k]) for k, v in final(out).items())
+    kills.stopped(program(root, tmp_path / "a"), tmp_path / "a")
+    assert kills.same(final(tmp_path / "a"), final(a.out))
 
 
 @pytest.mark.deep
 def test_25_kills_lose_nothing(run, tmp_path):
     """Killed by -9 at 25 random times, after start-up and in the midst of saving, the program ends in the same bits."""
     root, _ = run
-    steps, r = 600, rng.Random(0)
-    assert subprocess.run(program(root, tmp_path / "whole", steps), stdout=subprocess.DEVNULL).returncode == 0
-    out, kills, told = tmp_path / "a", 0, 0
-    while kills < 25:
-        p = subprocess.Popen(program(root, out, steps), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until = time.time() + 90
-        while not (found := checkpoint.steps(out / "checkpoints")) or found[-1] <= told:  # it has got on
-            assert p.poll() is None and time.time() < until
-            time.sleep(0.01)
-        time.sleep(r.uniform(0, 0.4))
-        p.kill()
-        assert p.wait() == -signal.SIGKILL
-        newest = checkpoint.steps(out / "checkpoints")[-1]
-        checkpoint.verify(checkpoint.place(out / "checkpoints", newest))
-        assert newest >= told
-        kills, told = kills + 1, newest
-    assert subprocess.run(program(root, out, steps), stdout=subprocess.DEVNULL).returncode == 0
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert sum(row.get("event") == "restart" for row in rows) == 25
-    assert [row["step"] for row in rows if "event" not in row] == list(range(1, steps + 1))
-    ends = [load_file(checkpoint.place(o / "checkpoints", steps) / "state-0.safetensors") for o in (tmp_path / "whole", out)]
-    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+    assert kills.start(program(root, tmp_path / "whole", 600)).wait() == 0
+    kills.often(program(root, tmp_path / "a", 600), tmp_path / "a", 600)
+    assert kills.same(*(kills.final(tmp_path / n, 600) for n in ("whole", "a")))
 
 
 def test_evaluate_convert_and_chat(run, tmp_path, capsys):

@@ -16,7 +16,7 @@ FLOORS = [  # a file imports from its own floor or a lower one
     {"nn"},
     {"diffusion", "sampler", "schedulers", "solvers", "multistep", "text", "lora", "optim", "jit", "grad", "signature",
      "lower", "checkpoint", "hub", "data", "records", "metrics", "report", "score", "processor", "generate", "clips", "features",
-     "prompts", "gallery"},
+     "prompts", "gallery", "stages", "relay"},
     {"models"},
     {"answer", "recipes", "bundle", "pipeline", "render"},
     {"tasks"},

@@ -211,12 +211,12 @@ class Live(TorchDispatchMode):
 
 @torch.no_grad()
 def test_memory_does_not_grow_with_a_video():
-    """33 frames need what 9 need, and their pixels; in one pass they would need twice as much."""
+    """17, 81 and 161 frames need the same, beside their latents and pixels; in one pass they would need far more."""
     module, c = models.get(WAN)
     p, _ = ours(WAN)
 
     def peak(latents, how):
-        z = draw(1, 4, latents, 8, 8)
+        z = draw(1, 4, latents, 4, 4)
         with Live(p, z, list(reference(WAN).parameters())) as live:
             out = how(p, c, z)
         return live.peak - (out.nbytes if isinstance(out, torch.Tensor) else 0)
@@ -224,8 +224,8 @@ def test_memory_does_not_grow_with_a_video():
     stream = lambda p, c, z: [None for _ in module.decode_stream(p, c, z)]
     passes = lambda p, c, z: module.decode(p, c, z, chunk=None)
     for how in (stream, module.decode):
-        small, middle, large = (peak(n, how) for n in (2, 5, 9))
-        assert middle < 1.02 * max(small, peak(3, how)) and large < 1.01 * middle
+        small, middle, large = (peak(n, how) for n in (5, 21, 41))
+        assert max(small, middle, large) < 1.01 * min(small, middle, large)
     assert peak(9, passes) > 2 * large
     assert peak(9, stream) < 1.1 * peak(9, lambda p, c, z: reference(WAN).decode(z).sample)
     encode = lambda n: peak(n, lambda p, c, z: [None for _ in module.encode_stream(

@@ -1,3 +1,4 @@
 """Hotspots: one function each, one implementation per device, and a plain reference."""
 
 from mmfunc.kernels.attention import attend
+from mmfunc.kernels.product import linear

@@ -1,9 +1,9 @@
 """Softmax attention with masks as data: causal order, segments, and an offset into a cache.
 
-On CPU the queries are taken in blocks, so that a block of scores stays in cache and causal blocks see only the keys
-before their end: PyTorch's fused CPU kernel reaches 40 % of the GEMM peak in bf16 and does not skip masked blocks.
-Elsewhere it is PyTorch's scaled_dot_product_attention. `reference` is the definition that all of them are tested
-against.
+On CPU it is the kernel of `mmfunc.kernels.cpu`: PyTorch's fused one reaches 40 % of the GEMM peak in bf16 and does not
+skip what is masked. What that kernel does not take (a bias, float16, very few scores, no compiler) goes block by block
+over the queries, so that a block of scores stays in cache. Elsewhere it is PyTorch's scaled_dot_product_attention.
+`reference` is the definition that all of them are tested against.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mmfunc.kernels import cpu
+
+FEW = 16, 32 * 32  # queries, and scores of a head: with fewer the products of `blocked` cost less than a call
 BLOCK = 128  # queries of a block: 128 x 4096 float32 scores are 2 MB
 HIDDEN = -1e30  # the score of what is masked: finite, so that a row that sees nothing stays finite
 
@@ -43,7 +46,7 @@ def blocked(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, s
     out = []
     for a in range(0, size, block):
         s = slice(a, min(a + block, size))
-        limit = s.stop if causal and start is None else keys
+        limit = min(s.stop, keys) if causal and start is None else keys
         mask = visible(s, limit, causal, segments, start, q.device)
         rows = q[:, :, :, s]  # grouped queries share one product with their key head
         n = rows.shape[2:4]
@@ -111,6 +114,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, segments: S
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads")
-    run = BACKENDS.get(q.device.type, fused)
-    y = run(q, k, v, causal, segments, start, q.shape[-1] ** -0.5 if scale is None else scale, bias)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    many = q.shape[1] >= FEW[0] and q.shape[1] * k.shape[1] >= FEW[1]
+    if q.device.type == "cpu" and many and bias is None and cpu.supports(q, k, v, scale):
+        rows, columns = segments if isinstance(segments, tuple) else (segments, segments)
+        return cpu.attention(q, k, v, rows, columns, start, causal, scale)[0]
+    y = BACKENDS.get(q.device.type, fused)(q, k, v, causal, segments, start, scale, bias)
     return keep(y) if torch.is_grad_enabled() and y.requires_grad else y

@@ -60,10 +60,11 @@ def spellings(module: ModuleType, c: Any) -> dict[str, str]:
 
 
 def load(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[ModuleType, Any, Tree]:
-    """(family, Config, parameters) of a hub folder; dtype None keeps that of the file."""
+    """(family, Config, parameters) of a hub folder; dtype None keeps that of the file. Where a family has a rule WIDE,
+    what it matches gets no dtype below float32."""
     module, c = family(folder)
     return module, c, hub.read(folder, module.params(c), table(module, c), spellings=spellings(module, c), dtype=dtype,
-                               device=device)
+                               wide=getattr(module, "WIDE", None), device=device)
 
 
 def export(folder: Path, module: ModuleType, c: Any, params: Tree, *, like: Path | None = None,

@@ -110,12 +110,16 @@ def offsets(p: Tree, ctx: Tree, n: int) -> tuple[Tensor, ...]:
     return nn.linear(p, silu(ctx["vector"]))[:, None].float().chunk(n, -1)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, ctx: Tree) -> Tensor:
+    """Attention of all tokens under their positions."""
+    return nn.attend(nn.rotate(q, ctx["angles"], halves=True), nn.rotate(k, ctx["angles"], halves=True), v)
+
+
 def double(p: Tree, c: Config, x: tuple[Tensor, Tensor], ctx: Tree) -> tuple[Tensor, Tensor]:
     """Two streams with their own weights and one joint attention."""
     streams = [(p[n], h, offsets(p[n]["offsets"], ctx, 6)) for n, h in zip(("text", "image"), x)]
-    parts = [nn.qkv(s["attention"], nn.adaln(h, m[0], m[1]), c.k) for s, h, m in streams]
-    q, k, v = (torch.cat(t, 1) for t in zip(*parts))
-    heads = nn.attend(nn.rotate(q, ctx["angles"]), nn.rotate(k, ctx["angles"]), v).split([h.shape[1] for h in x], 1)
+    parts = [nn.qkv(nn.unpaired(s["attention"], c.k), nn.adaln(h, m[0], m[1]), c.k) for s, h, m in streams]
+    heads = attend(*(torch.cat(t, 1) for t in zip(*parts)), ctx).split([t[0].shape[1] for t in parts], 1)
     out = []
     for (s, h, m), y in zip(streams, heads):
         h = nn.gated(h, nn.merge(s["attention"], y), m[2])
@@ -132,8 +136,7 @@ def single(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     """One stream; attention and MLP side by side."""
     shift, scale, gate = offsets(p["offsets"], ctx, 3)
     y = nn.adaln(x, shift, scale)
-    q, k, v = nn.qkv(p["attention"], y, c.k)
-    heads = nn.attend(nn.rotate(q, ctx["angles"]), nn.rotate(k, ctx["angles"]), v)
+    heads = attend(*nn.qkv(nn.unpaired(p["attention"], c.k), y, c.k), ctx)
     return nn.gated(x, nn.merge(p["attention"], heads) + nn.mlp(p["mlp"], y, nn.gelu_tanh), gate)
 
 

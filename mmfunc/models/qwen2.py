@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from mmfunc import keys, nn
 from mmfunc.tree import Tree
@@ -101,7 +100,7 @@ def words(p: Tree, c: Config) -> Tensor:
 def head(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     """Next-token logits, [B, S, V]; with a cache those of the last token, [B, 1, V]."""
     x = x if ctx["start"] is None else x[:, -1:]
-    return linear(features(p, c, x, ctx), words(p, c))
+    return nn.linear({"weight": words(p, c)}, features(p, c, x, ctx))
 
 
 STACKS = (("blocks", block),)

@@ -45,7 +45,7 @@ PRESETS = {
 def params(c: Config) -> Tree:
     d, wide = c.width, c.heads * c.k
     positions = Param((c.buckets, c.heads), "_ heads", normal(d**-0.5))
-    query = nn.Linear(d, wide, "embed -> heads", bias=False, std=(d * c.k) ** -0.5)  # scores are not scaled
+    query = nn.Linear(d, wide, f"embed -> heads/{c.k}", bias=False, std=(d * c.k) ** -0.5)  # scores are not scaled
     attention = nn.Attention(d, c.heads, c.k, bias=False, out_bias=False) | {"q": query}
     block = {"norm": nn.RMSNorm(d), "self": attention, "norm_mlp": nn.RMSNorm(d),
              "mlp": nn.MLP(d, c.hidden, gated=c.gated, bias=False)}

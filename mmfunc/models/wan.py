@@ -57,7 +57,7 @@ _T2V = {"kind": "WanPipeline", "vae": "wan_vae:2.1", "text": ("t5:umt5-xxl",), "
 _I2V = _T2V | {"kind": "WanImageToVideoPipeline", "image": "clip:vision-h"}
 _720 = {"size": (720, 1280), "sampler": ("unipc", _FLOW | {"flow_shift": 5.0})}
 PARTS = {  # what a preset goes with, and how it is run
-    "t2v-1.3b": _T2V, "t2v-14b": _T2V | _720, "i2v-14b-480p": _I2V, "i2v-14b-720p": _I2V | _720,
+    "t2v-1.3b": _T2V, "t2v-14b": _T2V | _720, "i2v-1.3b": _I2V, "i2v-14b-480p": _I2V, "i2v-14b-720p": _I2V | _720,
     "flf2v-14b": _I2V | _720 | {"guidance": 5.5},
 }
 
@@ -132,8 +132,8 @@ def looked(p: Tree, c: Config, batch: dict[str, Tensor], dtype: torch.dtype) -> 
 
 def block(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (p["offsets"] + ctx["offsets"]).chunk(6, 1)
-    q, k, v = nn.qkv(p["self"], nn.adaln(x, shift, scale), c.k)
-    y = nn.attend(nn.rotate(q, ctx["angles"]), nn.rotate(k, ctx["angles"]), v)
+    q, k, v = nn.qkv(nn.unpaired(p["self"], c.k), nn.adaln(x, shift, scale), c.k)
+    y = nn.attend(nn.rotate(q, ctx["angles"], halves=True), nn.rotate(k, ctx["angles"], halves=True), v)
     x = nn.gated(x, nn.merge(p["self"], y), gate)
 
     q = nn.query(p["cross"], nn.layernorm(p["norm"], x), c.k)
@@ -202,6 +202,7 @@ def ORIGINAL(c: Config) -> keys.Table:  # here: in Wan-AI/Wan2.1-*, and in adapt
     }
 
 
+WIDE = r"^time\.|^(blocks\.\d+|head)\.offsets|^(blocks\.\d+|image)\.norm"  # in float32 always, as diffusers keeps them
 HUB = {"hidden": "ffn_dim", "heads": "num_attention_heads", "layers": "num_layers", "channels": "out_channels",
        "text": "text_dim", "time": "freq_dim", "positions": "rope_max_seq_len"}
 FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6}

@@ -86,8 +86,8 @@ def params(c: Config) -> Tree:
 
 
 def norm(p: Tree, x: Tensor) -> Tensor:
-    """Divide each position by the root mean square of its channels. [B, C, T, Y, X] -> the same."""
-    return p["weight"].view(-1, 1, 1, 1) * x.shape[1] ** 0.5 * normalize(x.float(), dim=1).to(x.dtype)
+    """Divide each position by the root mean square of its channels, in float32. [B, C, T, Y, X] -> the same."""
+    return (p["weight"].float().view(-1, 1, 1, 1) * x.shape[1] ** 0.5 * normalize(x.float(), dim=1)).to(x.dtype)
 
 
 def resnet(p: Tree, x: Tensor, past: Tree) -> tuple[Tensor, Tree]:
@@ -122,10 +122,10 @@ def up(p: Tree, x: Tensor, past: Tree) -> tuple[Tensor, Tree]:
     later = {}
     if "time" in p:
         first, rest = (x[:, :, :0], x) if past else (x[:, :, :1], x[:, :, 1:])
-        later["time"] = torch.zeros_like(first).repeat(1, 1, 2, 1, 1)
+        later["time"] = torch.cat([torch.zeros_like(first, memory_format=torch.channels_last_3d)] * 2, 2)
         if rest.shape[2]:
             rest, later["time"] = nn.causal(p["time"], rest, past.get("time"))
-            rest = rest.unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)
+            rest = rest.movedim(1, -1).unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2).movedim(-1, 1)
         x = rest if past else torch.cat([first, rest], 2)
     return nn.double(p["up"], x), later
 

@@ -7,8 +7,7 @@ Dimensions: B batch, S sequence, L context, D width, H heads, G key heads, K hea
 C channels, T Y X time and space. Activations are [B, S, D]; queries, keys and values are [B, S, H, K].
 """
 
-from mmfunc.kernels import attend
-from mmfunc.nn.attention import Attention, kv, merge, qkv, query, remember
+from mmfunc.nn.attention import Attention, attend, kv, merge, qkv, query, remember
 from mmfunc.nn.basic import (
     MLP,
     Embed,
@@ -26,6 +25,6 @@ from mmfunc.nn.basic import (
 )
 from mmfunc.nn.chain import Chain, running, whole
 from mmfunc.nn.conv import Conv, GroupNorm, Once, causal, conv, double, groupnorm, halve, joined, tiled
-from mmfunc.nn.diffusion import Offsets, adaln, gated, grid, modulate, patchify, sinusoid, unpatchify
+from mmfunc.nn.diffusion import Offsets, adaln, gated, grid, modulate, patchify, sinusoid, unpaired, unpatchify
 from mmfunc.nn.loss import cross_entropy, targets
 from mmfunc.nn.rope import axial, rotate, sections

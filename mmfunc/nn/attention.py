@@ -5,7 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmfunc import shard
+from mmfunc import kernels, shard
+from mmfunc.kernels.attention import Segments
 from mmfunc.nn.basic import Linear, RMSNorm, linear, reduced, rmsnorm
 from mmfunc.tree import Tree
 
@@ -15,38 +16,49 @@ def Attention(d: int, heads: int, k: int, *, kv_heads: int | None = None, bias: 
     """Query, key, value and output maps; norm adds query/key norms within each head, or spanning all heads."""
     q, c = heads * k, (kv_heads or heads) * k
     norms = {"head": {"norm": {"q": RMSNorm(k), "k": RMSNorm(k)}},
-             "span": {"span": {"q": RMSNorm(q, "heads"), "k": RMSNorm(c, "heads")}}}.get(norm, {})
+             "span": {"span": {"q": RMSNorm(q, f"heads/{k}"), "k": RMSNorm(c, f"kv/{k}")}}}.get(norm, {})
     return norms | {
-        "q": Linear(d, q, "embed -> heads", bias=bias),
-        "k": Linear(d, c, "embed -> heads", bias=bias),
-        "v": Linear(d, c, "embed -> heads", bias=bias),
-        "out": Linear(q, d, "heads -> embed", bias=out_bias),
+        "q": Linear(d, q, f"embed -> heads/{k}", bias=bias),
+        "k": Linear(d, c, f"embed -> kv/{k}", bias=bias),
+        "v": Linear(d, c, f"embed -> kv/{k}", bias=bias),
+        "out": Linear(q, d, f"heads/{k} -> embed", bias=out_bias),
     }
 
 
 def _heads(p: Tree, name: str, x: Tensor, k: int) -> Tensor:
     y = linear(p[name], x)
+    axis = f"heads/{k}" if name == "q" else f"kv/{k}"
     if name in p.get("span", ()):
-        y = rmsnorm(p["span"][name], y, axis="heads")
+        y = rmsnorm(p["span"][name], y, axis=axis)
     y = y.unflatten(-1, (-1, k))
-    return rmsnorm(p["norm"][name], y) if name in p.get("norm", ()) else y
+    y = rmsnorm(p["norm"][name], y) if name in p.get("norm", ()) else y
+    return y if name == "q" else shard.grouped(y, axis, f"heads/{k}")
 
 
 def query(p: Tree, x: Tensor, k: int) -> Tensor:
-    """[B, S, D] -> query [B, S, H, K]."""
+    """[B, S, D] -> query [B, S, H, K] to keys of a context."""
+    shard.crossing(True)
     return _heads(p, "q", shard.enter(x, "heads"), k)
 
 
 def kv(p: Tree, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """[B, L, D] -> key and value [B, L, G, K]."""
-    x = shard.enter(x, "heads")
+    """A context [B, L, D] -> key and value [B, L, G, K]."""
     return _heads(p, "k", x, k), _heads(p, "v", x, k)
 
 
 def qkv(p: Tree, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """[B, S, D] -> query [B, S, H, K], key and value [B, S, G, K]."""
+    shard.crossing(False)
     x = shard.enter(x, "heads")
     return _heads(p, "q", x, k), _heads(p, "k", x, k), _heads(p, "v", x, k)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, segments: Segments = None,
+           start: Tensor | None = None, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
+    """kernels.attend, where the rows of q, k and v may be divided; segments and bias are whole."""
+    if shard.block() is None:
+        return kernels.attend(q, k, v, causal=causal, segments=segments, start=start, scale=scale, bias=bias)
+    return shard.attention(q, k, v, causal=causal, segments=segments, scale=scale, bias=bias)
 
 
 def merge(p: Tree, y: Tensor) -> Tensor:

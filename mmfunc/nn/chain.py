@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from mmfunc import shard
 from mmfunc.tree import Tree, at
 
 
@@ -38,15 +39,19 @@ def whole(wrap: Callable = lambda fn: fn, part: Callable = lambda fn: fn) -> Cal
 
     def run(chain: Chain, p: Tree, c: Any, batch: Tree, cache: dict | None) -> Any:
         x, ctx = part(chain.embed)(p, c, batch)
-        new = {}
+        new, rows = {}, None  # what blocks read and write may be divided; all else sees x whole
         for path, fn in chain.steps(p, c):
             if path is None:
-                x, ctx = part(fn)(p, c, x, ctx)
-            elif cache is not None and path in cache:
-                x, new[path] = wrap(fn)(at(p, path), c, x, ctx, cache[path])
+                x, ctx = part(fn)(p, c, shard.joined(x, rows), ctx)
+                rows = None
+                continue
+            x, rows = shard.split(x, rows)
+            fn = wrap(shard.inside(fn, path, rows))
+            if cache is not None and path in cache:
+                x, new[path] = fn(at(p, path), c, x, ctx, cache[path])
             else:
-                x = wrap(fn)(at(p, path), c, x, ctx)
-        out = part(chain.head)(p, c, x, ctx)
+                x = fn(at(p, path), c, x, ctx)
+        out = part(chain.head)(p, c, shard.joined(x, rows), ctx)
         return out if cache is None else (out, new)
 
     return run

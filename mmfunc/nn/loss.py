@@ -2,11 +2,15 @@
 
 A chunk of tokens gets its logits, its loss and, in the same pass, the gradients of x and of the vocabulary matrix; the
 backward pass only scales them. So the three products are done once each, and float32 logits exist for one chunk only.
+Where the vocabulary is divided, ranks exchange two numbers a token: what their words add to the normaliser, and the
+target's logit.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from mmfunc import shard
 
 
 def targets(labels: Tensor) -> Tensor:
@@ -17,10 +21,28 @@ def targets(labels: Tensor) -> Tensor:
 def _chunk(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [N, D], weight [V, D], labels [N] -> sum of losses, logits in float32, their log-normaliser, the mask."""
     logits = linear(x, weight).float()
+    if shard.parts("vocab"):
+        return _part(logits, labels)
     norm = torch.logsumexp(logits, -1)
     keep = labels >= 0
     loss = torch.where(keep, norm - logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0], 0.0)
     return loss.sum(), logits, norm, keep
+
+
+def _part(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """_chunk for a part of the vocabulary, logits [N, V / n]."""
+    words = _words(logits[0])
+    logits = logits.masked_fill(words >= shard.size("vocab/1"), -1e30)  # rows of padding
+    found = torch.where(words == labels[:, None], logits, 0.0).sum(-1)
+    norms, found = shard.each(torch.stack([torch.logsumexp(logits, -1), found]), "vocab").unbind(1)
+    norm, keep = torch.logsumexp(norms, 0), labels >= 0
+    return torch.where(keep, norm - found.sum(0), 0.0).sum(), logits, norm, keep
+
+
+def _words(weight: Tensor) -> Tensor:
+    """The numbers of the words that rows of the vocabulary matrix are of."""
+    words = torch.arange(len(weight), device=weight.device)
+    return words + shard.start(len(weight), "vocab") if shard.parts("vocab") else words
 
 
 class _Loss(torch.autograd.Function):
@@ -31,7 +53,7 @@ class _Loss(torch.autograd.Function):
         total = x.new_zeros((), dtype=torch.float32)
         dx = []
         dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if ctx.needs_input_grad[1] else None
-        words = torch.arange(len(weight), device=x.device)
+        words = _words(weight)
         for a in range(0, len(x), chunk):
             part, target = x[a : a + chunk], labels[a : a + chunk]
             loss, logits, norm, keep = _chunk(part, weight, target)
@@ -48,6 +70,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         dx, dw = ctx.saved_tensors
+        g = shard.summed(g, "vocab")  # each rank's total has this rank's words in it
         return (dx * g).to(dx.dtype) if len(dx) else None, (dw * g).to(dw.dtype) if len(dw) else None, None, None
 
 
@@ -60,9 +83,10 @@ def cross_entropy(
     x [B, S, D], weight [V, D], labels [B, S] as given to the model: -100 is ignored, the shift happens here.
     """
     after = targets(labels).flatten()
-    x = x.flatten(0, 1)
+    x, mine = shard.some(x.flatten(0, 1)), shard.some(after, fill=-100)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        total = _Loss.apply(x, weight, after, chunk)
+        total = _Loss.apply(x, weight, mine, chunk)
     else:
-        total = sum(_chunk(x[a : a + chunk], weight, after[a : a + chunk])[0] for a in range(0, len(x), chunk))
-    return total / ((after >= 0).sum().clamp(min=1) if num_items is None else num_items)
+        total = sum(_chunk(x[a : a + chunk], weight, mine[a : a + chunk])[0] for a in range(0, len(x), chunk))
+    total = shard.together(total)
+    return total / (shard.samples((after >= 0).sum()).clamp(min=1) if num_items is None else num_items)

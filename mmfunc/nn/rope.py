@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from mmfunc import shard
+
 
 def _freqs(width: int, theta: float, device: torch.device) -> Tensor:
     """One frequency for each of width / 2 pairs of channels, float32."""
@@ -22,7 +24,8 @@ def sections(ids: Tensor, width: int, parts: tuple[int, ...], theta: float) -> T
 
 
 def rotate(x: Tensor, angles: Tensor, *, halves: bool = False) -> Tensor:
-    """Rotate pairs of channels: neighbours, or the two halves. x [..., S, H, K], angles [..., S, K/2]."""
+    """Rotate pairs of channels: neighbours, or the two halves. x [..., S, H, K], angles [..., S, K/2] of whole rows."""
+    angles = angles if shard.block() is None else shard.local(angles, -2)
     cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
     a, b = x.float().chunk(2, -1) if halves else x.float().unflatten(-1, (-1, 2)).unbind(-1)
     a, b = a * cos - b * sin, b * cos + a * sin

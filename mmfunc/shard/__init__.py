@@ -1,19 +1,51 @@
-"""Layouts. Without a mesh every tensor is whole and `enter` and `leave` are identities; nn marks with them where an
-activation meets maps that a mesh may split, so that model code has one form."""
+"""Layouts: how tensors are divided among the ranks of a mesh. Without a mesh every tensor is whole and all of this is
+the identity; nn marks where an activation meets maps that a mesh may divide, so that model code has one form.
 
-from torch import Tensor
+mesh: axes and groups. collectives: the primitives. layout: P, relayout, a parameter's layouts. use: the mesh in use and
+the marks. state: parameters, gradients and the optimizer's state. context, ring: attention over divided sequences.
+"""
 
-
-def enter(x: Tensor, axis: str) -> Tensor:
-    """Bring an activation into maps whose outputs are split on a logical axis."""
-    return x
-
-
-def leave(x: Tensor, axis: str) -> Tensor:
-    """Sum the partial outputs of maps whose inputs were split on a logical axis."""
-    return x
-
-
-def mean(x: Tensor, axis: str) -> Tensor:
-    """Mean over the last dimension, which may be split on a logical axis. [..., D] -> [..., 1]."""
-    return x.mean(-1, keepdim=True)
+from mmfunc.shard.context import attention
+from mmfunc.shard.layout import Layout, P, Piece, relayout
+from mmfunc.shard.mesh import AXES, Mesh, Net, connect
+from mmfunc.shard.state import (
+    alone,
+    counted,
+    everyone,
+    mine,
+    part,
+    pieces,
+    place,
+    rank,
+    ready,
+    share,
+    squares,
+    stored,
+    sync,
+    total,
+    whole,
+)
+from mmfunc.shard.use import (
+    block,
+    crossing,
+    declare,
+    each,
+    enter,
+    grouped,
+    inside,
+    joined,
+    leave,
+    local,
+    mean,
+    parts,
+    samples,
+    size,
+    some,
+    split,
+    start,
+    summed,
+    together,
+    use,
+    using,
+    world,
+)

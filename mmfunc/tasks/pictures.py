@@ -26,6 +26,7 @@ class Clips:
     batch: tuple[int, ...] = ()  # samples of a micro-batch, for each size; none: --batch
     fps: float = 16.0  # frames taken of a second of video
     drop: float = 0.1  # share of captions left out, for guidance
+    strict: bool = False  # refuse captions that are longer than the text encoders read; else they are cut, and told
     times: Literal["uniform", "logit_normal", "mode", "cosmap"] = "logit_normal"  # distribution of noise levels
     shift: float = 0.0  # of noise levels towards noise; 0: as the pipeline's scheduler samples
     guidance: float = 1.0  # what a model that reads the strength of guidance is told
@@ -77,15 +78,17 @@ def online(model: Path, rows: records.Records, a: Clips) -> features.Online:
         if still and size[0] > 1:
             raise ValueError(f"a {pipe.kind} draws pictures; the size {'x'.join(map(str, size))} has {size[0]} frames")
         pipeline.shape(pipe, *size[1:], frames=size[0])
-
-    def place(i: int) -> int:
+    place, said = [0] * len(rows), {}
+    for i in range(len(rows)):
         try:
-            return clips.nearest(clips.sized(rows[i]), wanted)
+            r = rows[i]
+            place[i] = clips.nearest(clips.sized(r), wanted)
+            said[features.caption(r)] = None
         except (ValueError, OSError):
-            return 0  # told when it is drawn
-
-    words = lambda said: {k: v[0] for k, v in pipeline.texts(pipe, [said]).items()}
-    return features.Online(rows, [place(i) for i in range(len(rows))], wanted, partial(encode, pipe, a.fps), words)
+            pass  # told when it is drawn
+    pipeline.check(pipe, list(said), strict=a.strict)
+    words = lambda caption: {k: v[0] for k, v in pipeline.texts(pipe, [caption], strict=None).items()}
+    return features.Online(rows, place, wanted, partial(encode, pipe, a.fps), words)
 
 
 def ahead(a: Any) -> bool:
@@ -101,7 +104,8 @@ def source(a: Any) -> features.Ahead | features.Online:
     if not a.clips.sizes:
         now |= {n: found.said[n] for n in ("sizes", "fps")}
     if differ := [f"{k}: {found.said[k]} there, {v} in this run" for k, v in now.items() if found.said[k] != v]:
-        raise ValueError(f"the features of {a.data} were made otherwise: {'; '.join(differ)}. Encode them again")
+        raise ValueError(f"the features of {a.data} were made with {found.said['model']} otherwise than with {a.model} "
+                         f"in this run: {'; '.join(differ)}. Encode them again")
     return found
 
 

@@ -1,0 +1,367 @@
+// Softmax attention and its gradient on CPU, tile by tile: scores exist for one strip of rows at a time, in cache.
+// Dao et al., FlashAttention (2022) for the running softmax and for recomputing the weights from their log-sum-exp.
+//
+// Each item of work is summed in one order, and no two items write to one place: results do not depend on threads.
+
+#include "cpu_tiles.h"
+
+namespace {
+
+constexpr int QUERIES = 768;        // forward: most queries of an item
+constexpr int TILE = 384;           // forward: keys of a step
+constexpr int BLOCK = 192;          // backward: keys of a step, queries of a step
+constexpr int SOME = 48;            // queries of a block that share a range of keys
+constexpr float HIDDEN = -1e30f;    // the score of what is masked
+constexpr float LOG2E = 1.44269504f;
+constexpr float NONE = -1e20f;      // the largest score of a row that has seen nothing yet
+static_assert(TILE % PANEL == 0 && BLOCK % PANEL == 0 && BLOCK % SOME == 0 && SOME % ROWS == 0 && SOME % W == 0,
+              "tiles of whole strips");
+
+struct Tensor { char* data; int64_t batch, row, head; };  // strides; the last dimension is contiguous
+
+struct Problem {
+  int64_t half, batch, queries, keys, heads, groups, width, causal, start, threads;
+  const int32_t *query_segments, *key_segments;  // [batch, queries] and [batch, keys], or null
+  float *lse, *delta, *sums;  // [batch, heads, queries]; sums [splits, batch, heads, queries, columns]
+  char* touched;  // [splits, batch, heads, blocks of queries]: whether there is a part of sums
+  int64_t splits;
+  Tensor q, k, v, out, grad, dq, dk, dv;
+  int columns() const { return up(width, W); }
+  template <class T> T* at(const Tensor& t, long b, long row, long head) const {
+    return (T*)t.data + b * t.batch + row * t.row + head * t.head;
+  }
+};
+
+// ---- masks
+
+struct Span {  // the segments of a few neighbours
+  int low = INT32_MAX, high = 0;
+  bool padding = false;
+  void take(int id) {
+    if (id == 0) { padding = true; return; }
+    low = std::min(low, id);
+    high = std::max(high, id);
+  }
+  static Span of(const int32_t* ids, int n) {
+    Span s;
+    for (int i = 0; i < n; i++) s.take(ids[i]);
+    return s;
+  }
+  bool meets(const Span& s) const { return std::max(low, s.low) <= std::min(high, s.high); }
+  bool only(const Span& s) const { return low == high && s.low == low && s.high == low && !padding && !s.padding; }
+};
+
+struct Lanes { int from, to; bool whole; };  // what a strip sees, and whether each row sees all of it
+
+// Which lanes each row sees: rows are queries and lanes keys, or the other way round.
+struct Sight {
+  int count, lanes;
+  bool causal, turned;
+  long start;
+  const int32_t* row_ids;
+  std::vector<int32_t> lane_ids;  // padded; empty without segments
+  std::vector<Span> spans;        // of the lanes of each vector
+
+  Sight(const Problem& p, long b, bool turned)
+      : count(turned ? p.keys : p.queries), lanes(turned ? p.queries : p.keys), causal(p.causal), turned(turned),
+        start(p.start), row_ids(nullptr) {
+    if (!p.query_segments) return;
+    const int32_t *q = p.query_segments + b * p.queries, *k = p.key_segments + b * p.keys;
+    row_ids = turned ? k : q;
+    lane_ids.assign(up(lanes, W), 0);
+    std::copy_n(turned ? q : k, lanes, lane_ids.begin());
+    for (int i = 0; i < lanes; i += W) spans.push_back(Span::of(&lane_ids[i], W));
+  }
+  int first(int row) const { return causal && turned ? int(std::max(0L, row - start)) : 0; }
+  int last(int row) const { return causal && !turned ? int(std::min(long(lanes), row + start + 1)) : lanes; }
+
+  Span ids(int r, int n) const { return row_ids ? Span::of(row_ids + r, std::min(n, count - r)) : Span(); }
+
+  // Of lanes a..b (a: a multiple of W) what rows r..r + n, of segments `mine`, see; from: a multiple of W.
+  Lanes see(int r, int n, const Span& mine, int a, int b) const {
+    int end = std::min(r + n, count), from = std::max(a, first(r)) / W * W, to = std::min(b, last(end - 1));
+    bool whole = r + n <= count && from >= first(end - 1) && to <= last(r) && to % W == 0;
+    if (row_ids) {
+      while (from < to && !mine.meets(spans[from / W])) from += W;
+      while (from < to && !mine.meets(spans[(to - 1) / W])) to = (to - 1) / W * W;
+      for (int i = from; i < to && whole; i += W) whole = mine.only(spans[i / W]);
+    }
+    return {from, to, whole};
+  }
+
+  // Scores that are masked become HIDDEN: of rows r..r + ROWS, of segments `mine`, and lanes `at`; s starts at lane a.
+  void hide(int r, const Span& mine, Lanes at, int a, float* s, long apart) const {
+    ivec step;
+    for (int i = 0; i < W; i++) step[i] = i;
+    for (int i = 0; i < ROWS; i++, r++) {
+      const bool none = r >= count || (row_ids && row_ids[r] == 0);
+      const int lo = none ? INT32_MAX : first(r), hi = none ? 0 : last(r), id = none || !row_ids ? 0 : row_ids[r];
+      for (int j = at.from; j < at.to; j += W) {
+        const bool same = !row_ids || mine.only(spans[j / W]);
+        if (same && j >= lo && j + W <= hi) continue;
+        ivec lane = step + j, seen = (lane >= lo) & (lane < hi);
+        if (!same) seen &= read<ivec>(&lane_ids[j]) == id;
+        float* p = s + i * apart + j - a;
+        write(p, seen ? load(p) : all(HIDDEN));
+      }
+    }
+  }
+};
+
+// ---- forward
+
+// One strip: scores s [ROWS, n] become weights p; the running maximum m and sum l go on, and what o had is scaled.
+template <class C>
+void softmax(const float* s, int n, float scale, float* m, float* l, float* o, int columns, C* p) {
+  for (int i = 0; i < ROWS; i++, s += TILE, p += TILE, o += columns) {
+    vec high = all(HIDDEN);
+    for (int j = 0; j < n; j += W) high = max(high, load(s + j));
+    float top = std::max(m[i], fold(high, max) * scale);
+    vec sum{};
+    for (int j = 0; j < n; j += W) {
+      vec x = exp2(load(s + j) * scale - top);
+      sum += x;
+      store(p + j, x);
+    }
+    const float keep = top == m[i] ? 1 : m[i] == NONE ? 0 : exp2f(m[i] - top);
+    l[i] = l[i] * keep + fold(sum, [](vec a, vec b) { return a + b; });
+    m[i] = top;
+    if (keep != 1)
+      for (int j = 0; j < columns; j += W) store(o + j, load(o + j) * keep);
+  }
+}
+
+template <class T, class C>
+void forward(const Problem& p, const Sight& sight, long b, long head, int first, int count, float scale) {
+  const int columns = p.columns(), units = columns / PAIR<C>, strips = up(count, ROWS);
+  const Span ids = sight.ids(first, count);
+  const long group = head / (p.heads / p.groups);
+  uint32_t *q = scratch(0, QUERIES * units), *plain = scratch(1, TILE * units);
+  uint32_t *kt = scratch(2, TILE * units), *vj = scratch(3, TILE * units);
+  float *o = scratch<float>(4, QUERIES * columns), *s = scratch<float>(5, ROWS * TILE);
+  float *m = scratch<float>(6, 2 * QUERIES), *l = m + QUERIES;
+  uint32_t* w = scratch(7, ROWS * TILE);
+  rows<C>(p.at<T>(p.q, b, first, head), p.q.row, count, p.width, q, units, strips);
+  std::fill_n(o, strips * columns, 0.f);
+  std::fill_n(m, strips, NONE);
+  std::fill_n(l, strips, 0.f);
+  for (int key = 0; key < p.keys; key += TILE) {
+    const int n = std::min<long>(TILE, p.keys - key), padded = up(n, W);
+    Lanes seen = sight.see(first, count, ids, key, key + n);
+    if (seen.from >= seen.to) continue;
+    rows<C>(p.at<T>(p.k, b, key, group), p.k.row, n, p.width, plain, units, padded);
+    Packed keys = turned(plain, units, padded, kt);
+    rows<C>(p.at<T>(p.v, b, key, group), p.v.row, n, p.width, plain, units, padded);
+    Packed values = joined<C>(plain, padded, columns, vj);
+    for (int r = 0; r < strips; r += ROWS) {
+      const Span mine = sight.ids(first + r, ROWS);
+      Lanes at = sight.see(first + r, ROWS, mine, key, key + n);
+      if (at.from >= at.to) continue;
+      int from = at.from - key, to = up(at.to - key, W);
+      multiply<C, false>(q + r * units, units, keys, 0, units, from, to, s, TILE);
+      if (!at.whole) sight.hide(first + r, mine, at, key, s, TILE);
+      softmax<C>(s + from, to - from, scale * LOG2E, m + r, l + r, o + r * columns, columns, (C*)w + from);
+      multiply<C, true>(w, TILE / PAIR<C>, values, from / PAIR<C>, to / PAIR<C>, 0, columns, o + r * columns, columns);
+    }
+  }
+  for (int i = 0; i < count; i++) {
+    // a row that sees nothing gives 0; NaN stays NaN
+    put(o + i * columns, l[i] == 0 ? 0 : 1 / l[i], p.at<T>(p.out, b, first + i, head), p.width);
+    p.lse[(b * p.heads + head) * p.queries + first + i] = l[i] == 0 ? -HIDDEN : m[i] / LOG2E + std::log(l[i]);
+  }
+}
+
+// ---- backward
+
+// Scores s and slopes g (of the loss by the weights) of a strip [ROWS, n] -> weights p, slopes by scores d (unscaled).
+template <class C>
+void slopes(const float* s, const float* g, int n, float scale, const float* lse, const float* delta, C* p, C* d) {
+  for (int i = 0; i < ROWS; i++, s += BLOCK, g += BLOCK, p += BLOCK, d += BLOCK)
+    for (int j = 0; j < n; j += W) {
+      vec x = exp2(load(s + j) * scale - load(lse + j));
+      store(p + j, x);
+      store(d + j, x * (load(g + j) - load(delta + j)));
+    }
+}
+
+// A block of keys against a block of queries: what both need, in this thread's memory.
+template <class C> struct Backward {
+  const Problem& p;
+  const Sight& sight;
+  const float scale;
+  const int columns = p.columns(), units = columns / PAIR<C>, side = BLOCK * units, across = BLOCK / PAIR<C>;
+  uint32_t *plain = scratch(0, side), *k = scratch(1, side), *v = scratch(2, side), *kj = scratch(3, side);
+  uint32_t *qt = scratch(4, side), *qj = scratch(5, side), *gt = scratch(6, side), *gj = scratch(7, side);
+  float *dk = scratch<float>(8, BLOCK * columns), *dv = scratch<float>(9, BLOCK * columns);
+  float *s = scratch<float>(10, 2 * ROWS * BLOCK), *slope = s + ROWS * BLOCK;
+  float *lse = scratch<float>(11, 2 * BLOCK), *delta = lse + BLOCK;
+  C *w = scratch<C>(12, ROWS * BLOCK), *d = scratch<C>(13, BLOCK * BLOCK);  // weights of a strip; slopes by scores
+  uint32_t* dt = scratch(14, BLOCK * across);                               // the latter, turned
+  int key = 0, n = 0, query = 0, m = 0;                                     // first key, keys, first query, queries
+  Packed keys{}, queries{}, queries_joined{}, grads{}, grads_joined{};
+
+  template <class T> void take_keys(long b, long group, int first, int count) {
+    key = first, n = count;
+    rows<C>(p.at<T>(p.k, b, key, group), p.k.row, n, p.width, k, units, BLOCK);
+    rows<C>(p.at<T>(p.v, b, key, group), p.v.row, n, p.width, v, units, BLOCK);
+    keys = joined<C>(k, up(n, W * PAIR<C>), columns, kj);
+    std::fill_n(dk, BLOCK * columns, 0.f);
+    std::fill_n(dv, BLOCK * columns, 0.f);
+  }
+
+  template <class T> void take_queries(long b, long head, int first, int count) {
+    query = first, m = count;
+    const int lanes = up(m, W);
+    rows<C>(p.at<T>(p.q, b, query, head), p.q.row, m, p.width, plain, units, lanes);
+    queries = turned(plain, units, lanes, qt), queries_joined = joined<C>(plain, lanes, columns, qj);
+    rows<C>(p.at<T>(p.grad, b, query, head), p.grad.row, m, p.width, plain, units, lanes);
+    grads = turned(plain, units, lanes, gt), grads_joined = joined<C>(plain, lanes, columns, gj);
+    const long row = (b * p.heads + head) * p.queries + query;
+    for (int i = 0; i < lanes; i++) {
+      lse[i] = i < m ? p.lse[row + i] * LOG2E : -HIDDEN;
+      delta[i] = i < m ? p.delta[row + i] : 0;
+    }
+  }
+
+  // dk and dv += what these queries give; dq = or += what these keys give.
+  void meet(float* dq, bool add) {
+    const int strips = up(n, ROWS), pairs = up(n, W * PAIR<C>);
+    int low[BLOCK / SOME], high[BLOCK / SOME] = {};  // the keys that queries see
+    std::fill_n(low, BLOCK / SOME, BLOCK);
+    std::memset(d, 0, sizeof(C) * std::max(strips, pairs) * BLOCK);
+    for (int r = 0; r < strips; r += ROWS) {
+      const Span mine = sight.ids(key + r, ROWS);
+      const Lanes at = sight.see(key + r, ROWS, mine, query, query + m);
+      if (at.from >= at.to) continue;
+      const int from = at.from - query, to = up(at.to - query, W), a = from / PAIR<C>, z = to / PAIR<C>;
+      for (int i = from / SOME; i * SOME < to; i++) {
+        low[i] = std::min(low[i], r - r % (W * PAIR<C>));
+        high[i] = std::min(r + ROWS, pairs);
+      }
+      C* strip = d + r * BLOCK;
+      multiply<C, false>(k + r * units, units, queries, 0, units, from, to, s, BLOCK);
+      if (!at.whole) sight.hide(key + r, mine, at, query, s, BLOCK);
+      multiply<C, false>(v + r * units, units, grads, 0, units, from, to, slope, BLOCK);
+      slopes<C>(s + from, slope + from, to - from, scale * LOG2E, lse + from, delta + from, w + from, strip + from);
+      multiply<C, true>((uint32_t*)w, across, grads_joined, a, z, 0, columns, dv + r * columns, columns);
+      multiply<C, true>((uint32_t*)strip, across, queries_joined, a, z, 0, columns, dk + r * columns, columns);
+    }
+    for (int i = 0; i < m; i += W)
+      for (int j = low[i / SOME]; j < high[i / SOME]; j += W * PAIR<C>)
+        transpose([&](int u) { return unit(d + long(j + u * PAIR<C>) * BLOCK + i, BLOCK); },
+                  dt + i * across + j / PAIR<C>, across, W);
+    for (int r = 0; r < m; r += ROWS, dq += ROWS * columns) {
+      const int a = low[r / SOME] / PAIR<C>, z = std::max(a, high[r / SOME] / PAIR<C>);
+      if (add) multiply<C, true>(dt + r * across, across, keys, a, z, 0, columns, dq, columns);
+      else multiply<C, false>(dt + r * across, across, keys, a, z, 0, columns, dq, columns);
+    }
+  }
+};
+
+// dk and dv of the keys first..last of a group of heads, and their share of dq.
+template <class T, class C>
+void backward(const Problem& p, const Sight& sight, long b, long group, long split, int first, int last, float scale) {
+  Backward<C> x{p, sight, scale};
+  const long each = p.heads / p.groups, padded = up(p.queries, ROWS), blocks = (p.queries + BLOCK - 1) / BLOCK;
+  for (int key = first; key < last; key += BLOCK) {
+    const int n = std::min(BLOCK, last - key);
+    const Span ids = sight.ids(key, n);
+    x.template take_keys<T>(b, group, key, n);
+    for (long head = group * each; head < (group + 1) * each; head++)
+      for (int query = 0; query < p.queries; query += BLOCK) {
+        const int m = std::min<long>(BLOCK, p.queries - query);
+        const Lanes seen = sight.see(key, n, ids, query, query + m);
+        if (seen.from >= seen.to) continue;
+        const long at = (split * p.batch + b) * p.heads + head;
+        char& touched = p.touched[at * blocks + query / BLOCK];
+        x.template take_queries<T>(b, head, query, m);
+        x.meet(p.sums + (at * padded + query) * x.columns, touched);
+        touched = true;
+      }
+    for (int i = 0; i < n; i++) {
+      put(x.dk + i * x.columns, scale, p.at<T>(p.dk, b, key + i, group), p.width);
+      put(x.dv + i * x.columns, 1, p.at<T>(p.dv, b, key + i, group), p.width);
+    }
+  }
+}
+
+// One query: the product of its gradient with its output, which the softmax takes off all slopes.
+template <class T> void delta_of(const Problem& p, long b, long row) {
+  for (long head = 0; head < p.heads; head++) {
+    const T *g = p.at<T>(p.grad, b, row, head), *o = p.at<T>(p.out, b, row, head);
+    vec sum{};
+    int j = 0;
+    for (; j + W <= p.width; j += W) sum += load(g + j) * load(o + j);
+    T x[W] = {}, y[W] = {};
+    std::copy(g + j, g + p.width, x);
+    std::copy(o + j, o + p.width, y);
+    sum += load(x) * load(y);
+    p.delta[(b * p.heads + head) * p.queries + row] = fold(sum, [](vec a, vec b) { return a + b; });
+  }
+}
+
+// One query: its gradient, of the parts there are.
+template <class T> void dq_of(const Problem& p, long b, long row, float scale) {
+  const long padded = up(p.queries, ROWS), columns = p.columns(), blocks = (p.queries + BLOCK - 1) / BLOCK;
+  std::vector<float> sum(columns);
+  for (long head = 0; head < p.heads; head++) {
+    std::fill(sum.begin(), sum.end(), 0.f);
+    for (long i = 0; i < p.splits; i++) {
+      const long at = (i * p.batch + b) * p.heads + head;
+      if (p.touched[at * blocks + row / BLOCK])
+        for (int j = 0; j < columns; j += W)
+          store(&sum[j], load(&sum[j]) + load(p.sums + (at * padded + row) * columns + j));
+    }
+    put(sum.data(), scale, p.at<T>(p.dq, b, row, head), p.width);
+  }
+}
+
+template <class T, class C> void run_forward(const Problem& p, float scale) {
+  std::vector<Sight> sights;
+  for (long b = 0; b < p.batch; b++) sights.emplace_back(p, b, false);
+  const long pairs = p.batch * p.heads, least = (p.queries + QUERIES - 1) / QUERIES;
+  const long most = (p.queries + TILE / 4 - 1) / (TILE / 4);  // a row's result is the same in any tile
+  const long tiles = std::min(most, std::max(least, (4 * p.threads + pairs - 1) / pairs));
+  const long size = up((p.queries + tiles - 1) / tiles, ROWS);
+  const long items = pairs * ((p.queries + size - 1) / size);
+#pragma omp parallel for schedule(dynamic) num_threads(p.threads)
+  for (long i = items - 1; i >= 0; i--) {  // with causal order the last tiles are the longest
+    const long first = i / pairs * size, b = i / p.heads % p.batch, head = i % p.heads;
+    forward<T, C>(p, sights[b], b, head, first, std::min(size, p.queries - first), scale);
+  }
+}
+
+template <class T, class C> void run_backward(const Problem& p, float scale) {
+  std::vector<Sight> sights;
+  for (long b = 0; b < p.batch; b++) sights.emplace_back(p, b, true);
+  const long blocks = (p.keys + BLOCK - 1) / BLOCK, items = p.batch * p.groups * p.splits;
+#pragma omp parallel num_threads(p.threads)
+  {
+#pragma omp for schedule(static)
+    for (long i = 0; i < p.batch * p.queries; i++) delta_of<T>(p, i / p.queries, i % p.queries);
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < items; i++) {
+      const long split = i / (p.batch * p.groups), b = i / p.groups % p.batch, group = i % p.groups;
+      const long first = blocks * split / p.splits * BLOCK, last = blocks * (split + 1) / p.splits * BLOCK;
+      backward<T, C>(p, sights[b], b, group, split, first, std::min<long>(last, p.keys), scale);
+    }
+#pragma omp for schedule(static)
+    for (long i = 0; i < p.batch * p.queries; i++) dq_of<T>(p, i / p.queries, i % p.queries, scale);
+  }
+}
+
+}  // namespace
+
+#if defined(__AVX512BF16__)
+typedef bf16 Half;
+#else
+typedef float Half;  // bf16 is widened
+#endif
+
+extern "C" void attention_forward(const Problem* p, double scale) {
+  p->half ? run_forward<bf16, Half>(*p, scale) : run_forward<float, float>(*p, scale);
+}
+
+extern "C" void attention_backward(const Problem* p, double scale) {
+  p->half ? run_backward<bf16, Half>(*p, scale) : run_backward<float, float>(*p, scale);
+}

@@ -1,0 +1,241 @@
+// Vectors, packed tiles and the one product that attention is made of.
+//
+// Numbers lie in 32-bit units: one float, or two bf16 that one dot-product instruction takes together. Everything is
+// written with the vector types of GCC and Clang, as wide as the machine's, so the same text serves every machine.
+
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16, SIDE = 4;  // lanes of a vector; vectors of a panel
+#elif defined(__AVX__)
+constexpr int W = 8, SIDE = 2;
+#else
+constexpr int W = 4, SIDE = 2;
+#endif
+constexpr int ROWS = 6;           // of a strip: its sums over one panel, ROWS x SIDE vectors, stay in registers
+constexpr int PANEL = SIDE * W;   // columns of a panel
+
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef int32_t ivec __attribute__((vector_size(4 * W)));
+typedef uint32_t uvec __attribute__((vector_size(4 * W)));
+typedef uint16_t hvec __attribute__((vector_size(2 * W)));
+struct bf16 { uint16_t bits; };
+
+template <class V, class T> inline V read(const T* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <class V, class T> inline void write(T* p, V v) { std::memcpy(p, &v, sizeof v); }
+inline vec all(float x) { return x - vec{}; }
+
+inline vec load(const float* p) { return read<vec>(p); }
+inline vec load(const bf16* p) { return (vec)(__builtin_convertvector(read<hvec>(p), uvec) << 16); }
+inline void store(float* p, vec v) { write(p, v); }
+inline void store(bf16* p, vec v) {
+#if defined(__AVX512BF16__)
+  write(p, _mm512_cvtneps_pbh((__m512)v));
+#else
+  uvec bits = (uvec)v, near = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  write(p, __builtin_convertvector(v == v ? near : (bits >> 16 | 64), hvec));  // NaN stays NaN
+#endif
+}
+
+inline float wide(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+inline vec max(vec a, vec b) { return a > b ? a : b; }  // b where either is NaN
+template <int S, size_t... I> inline vec swapped(vec v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, (int(I) ^ S)...);
+}
+template <int S = W / 2, class F> inline float fold(vec v, F f) {
+  v = f(v, swapped<S>(v, std::make_index_sequence<W>()));
+  if constexpr (S > 1) return fold<S / 2>(v, f);
+  else return v[0];
+}
+
+// 2^x for x <= 128, relative error 2e-7; exactly 0 below -127.
+inline vec exp2(vec x) {
+  constexpr float SHIFT = 12582912 + 127;  // adding it rounds to an integer whose low bits are a float's exponent
+  x = max(all(-127), x);
+  vec n = x + SHIFT, f = x - (n - SHIFT);
+  vec y = f * 1.3264727e-3f + 9.6715130e-3f;
+  y = y * f + 5.5507336e-2f;
+  y = y * f + 2.4022242e-1f;
+  y = y * f + 6.9314700e-1f;
+  y = y * f + 1;
+  return y * (vec)((ivec)n << 23);
+}
+
+// W x W units, transposed, of which `count` rows are wanted: row(i) to to[i * apart].
+template <int S, size_t... I> inline void exchange(uvec& a, uvec& b, std::index_sequence<I...>) {
+  uvec c = __builtin_shufflevector(a, b, (int(I) & S ? W + int(I) - S : int(I))...);
+  b = __builtin_shufflevector(a, b, (int(I) & S ? W + int(I) : int(I) + S)...);
+  a = c;
+}
+template <int S> inline void exchanges(uvec* r) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (!(i & S)) exchange<S>(r[i], r[i + S], std::make_index_sequence<W>());
+  if constexpr (S > 1) exchanges<S / 2>(r);
+}
+template <class R> inline void transpose(R row, uint32_t* to, long apart, int count) {
+  uvec r[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) r[i] = row(i);
+  exchanges<W / 2>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (i < count) write(to + i * apart, r[i]);
+}
+
+// ---- operands. C is what is multiplied: float, or bf16 where the machine has its dot product.
+
+template <class C> constexpr int PAIR = 4 / sizeof(C);  // numbers of a unit
+
+inline long up(long n, long step) { return (n + step - 1) / step * step; }
+
+// Units of W neighbours: from one row of floats, from two of bf16.
+template <class C> inline uvec unit(const C* p, long apart) {
+  if constexpr (PAIR<C> == 1) return read<uvec>(p);
+  else return (uvec)load(p) >> 16 | (uvec)load(p + apart);
+}
+
+// `count` rows of `width` numbers, `stride` apart, as rows of `units`; zeros up to there and in rows up to `total`.
+template <class C, class T>
+void rows(const T* from, long stride, int count, int width, uint32_t* to, int units, int total) {
+  for (int i = 0; i < total; i++, from += stride, to += units) {
+    C* row = (C*)to;
+    const int n = i < count ? width : 0;
+    if (i + 8 < count)  // rows of one head lie too far apart for the machine to foresee them
+      for (int j = 0; j < width; j += 64 / sizeof(T)) __builtin_prefetch(from + 8 * stride + j);
+    if constexpr (sizeof(T) == sizeof(C)) std::memcpy(to, from, sizeof(C) * n);
+    else for (int j = 0; j < n; j++) row[j] = wide(from[j]);
+    std::memset(row + n, 0, sizeof(uint32_t) * units - sizeof(C) * n);
+  }
+}
+
+// A row of sums, times a factor, as numbers of T.
+template <class T> inline void put(const float* from, float factor, T* to, int width) {
+  for (; width >= W; from += W, to += W, width -= W) store(to, load(from) * factor);
+  if (width == 0) return;
+  T rest[W];
+  store(rest, load(from) * factor);
+  std::copy_n(rest, width, to);
+}
+
+struct Packed {  // the right side of a product, in panels of PANEL columns (the last may have fewer), unit by unit
+  uint32_t* data;
+  int units, columns;  // columns: a multiple of W
+  int width(int column) const { return std::min(PANEL, columns - column); }
+  uint32_t* panel(int column) const { return data + long(column) * units; }  // column: a multiple of PANEL
+};
+
+// Rows become columns: [columns, units] -> [units, columns].
+inline Packed turned(const uint32_t* from, int units, int columns, uint32_t* to) {
+  Packed b{to, units, columns};
+  for (int n = 0; n < columns; n += W) {
+    int width = b.width(n / PANEL * PANEL);
+    uint32_t* panel = b.panel(n / PANEL * PANEL) + n % PANEL;
+    for (int u = 0; u < units; u += W)
+      transpose([&](int i) { return read<uvec>(from + long(n + i) * units + u); }, panel + long(u) * width, width,
+                units - u);
+  }
+  return b;
+}
+
+// Rows stay rows, PAIR<C> of them to a unit: [count, columns] -> [count / PAIR, columns].
+template <class C> Packed joined(const uint32_t* from, int count, int columns, uint32_t* to) {
+  Packed b{to, count / PAIR<C>, columns};
+  for (int n = 0; n < columns; n += PANEL) {
+    int width = b.width(n);
+    uint32_t* panel = b.panel(n);
+    for (int r = 0; r < count; r += PAIR<C>)
+      for (int j = 0; j < width; j += W, panel += W)
+        write(panel, unit((const C*)from + long(r) * columns + n + j, columns));
+  }
+  return b;
+}
+
+template <class C> inline vec dot(vec sum, uint32_t a, uvec b) {
+#if defined(__AVX512BF16__)
+  if constexpr (PAIR<C> == 2)
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+#endif
+  float x;
+  std::memcpy(&x, &a, 4);
+  return sum + x * (vec)b;
+}
+
+// c [ROWS, N vectors] (+)= a [ROWS, units] b [units, N vectors]; rows are `stride`, `width` and `apart` apart.
+template <class C, bool ADD, int N>
+void strip(const uint32_t* a, long stride, const uint32_t* b, long width, int units, float* c, long apart) {
+  vec sum[ROWS][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) sum[i][j] = vec{};
+#pragma GCC unroll 2
+  for (int u = 0; u < units; u++, b += width) {
+    uvec right[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) right[j] = read<uvec>(b + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) sum[i][j] = dot<C>(sum[i][j], a[i * stride + u], right[j]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) {
+      float* to = c + i * apart + j * W;
+      store(to, ADD ? load(to) + sum[i][j] : sum[i][j]);
+    }
+}
+
+template <class C, bool ADD, int N = SIDE>
+void strip_of(int vectors, const uint32_t* a, long stride, const uint32_t* b, long width, int units, float* c,
+              long apart) {
+  if (vectors == N) strip<C, ADD, N>(a, stride, b, width, units, c, apart);
+  else if constexpr (N > 1) strip_of<C, ADD, N - 1>(vectors, a, stride, b, width, units, c, apart);
+}
+
+// Columns from..to of c [ROWS, columns] = (or, with ADD, +=) a [ROWS, begin..end) b; from, to: multiples of W.
+template <class C, bool ADD>
+void multiply(const uint32_t* a, long stride, const Packed& b, int begin, int end, int from, int to, float* c,
+              long apart) {
+  constexpr int STEP = PAIR<C> == 1 ? 64 : 1 << 20;  // sums of sums: the error of float32 is that of short rows
+  for (int n = from, next; n < to; n = next) {
+    const int start = n / PANEL * PANEL, width = b.width(start);
+    const uint32_t* right = b.panel(start) + n - start;
+    next = std::min(start + width, to);
+    const int vectors = (next - n) / W;
+    strip_of<C, ADD>(vectors, a + begin, stride, right + long(begin) * width, width, std::min(STEP, end - begin), c + n,
+                     apart);
+    for (int u = begin + STEP; u < end; u += STEP)
+      strip_of<C, true>(vectors, a + u, stride, right + long(u) * width, width, std::min(STEP, end - u), c + n, apart);
+  }
+}
+
+// Memory of this thread that lasts, one piece for each slot.
+template <class T = uint32_t> T* scratch(int slot, size_t count) {
+  struct alignas(64) Line { char bytes[64]; };
+  static thread_local std::vector<Line> pieces[16];
+  const size_t lines = count * sizeof(T) / 64 + 2;  // a transpose may read a vector too far
+  if (pieces[slot].size() < lines) pieces[slot].resize(lines);
+  return (T*)pieces[slot].data();
+}
+
+}  // namespace

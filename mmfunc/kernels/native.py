@@ -1,0 +1,64 @@
+"""The C++ kernels for CPUs, csrc/cpu_*, compiled for this machine when the first of them is used."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCES = sorted((Path(__file__).parent / "csrc").glob("cpu_*"))
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
+
+
+def compiler() -> str | None:
+    """The C++ compiler, the one that Inductor takes."""
+    return next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))),
+                None)
+
+
+def folder() -> Path:
+    """Where compiled kernels are kept."""
+    beside = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    return Path(beside).parent / "mmfunc" if beside else Path.home() / ".cache" / "mmfunc"
+
+
+def build(cxx: str, machine: str = "native") -> Path:
+    """The kernels compiled for a machine (-march); kept under the hash of source, flags, compiler and its machine."""
+    flags = (*FLAGS, f"-march={machine}")
+    facts = subprocess.run([cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True).stdout
+    key = hashlib.sha256(b"\0".join([cxx.encode(), *map(str.encode, flags), facts, *(s.read_bytes() for s in SOURCES)]))
+    path = folder() / f"kernels-{key.hexdigest()[:24]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as part:  # several processes may build at once
+            made = Path(part) / path.name
+            sources = [str(s) for s in SOURCES if s.suffix == ".cpp"]
+            subprocess.run([cxx, *flags, *sources, "-o", str(made)], capture_output=True, check=True, text=True)
+            made.replace(path)
+    return path
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; without a compiler None, and a warning that says why, once."""
+    cxx = compiler()
+    why = "there is no C++ compiler (g++, clang++ or CXX)"
+    if cxx is not None:
+        try:
+            return ctypes.CDLL(str(build(cxx)))
+        except (subprocess.CalledProcessError, OSError) as e:
+            why = f"{e} {getattr(e, 'stderr', '')[-1000:]}"
+    warnings.warn(f"attention and decoding on CPU run in PyTorch's operations, some times slower: {why}", stacklevel=2)
+    return None
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether there are compiled kernels; the first call compiles them."""
+    return library() is not None

@@ -1,0 +1,180 @@
+"""What a training step does with parameters, gradients and the optimizer's state on the mesh in use; without one all of
+it is the identity. Leaves are found by name."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmfunc import tree
+from mmfunc.shard import layout
+from mmfunc.shard.collectives import psum
+from mmfunc.shard.layout import Layout, Piece, Spec
+from mmfunc.shard.mesh import AXES, BATCH
+from mmfunc.shard.use import ALL, Use, use, using
+from mmfunc.tree import Tree
+
+
+def specs(names: list[str] | dict) -> dict[str, Spec]:
+    """The layouts of parameters on the mesh in use."""
+    known = using().layers[""].specs
+    if lost := [n for n in names if n not in known]:
+        raise ValueError(f"{lost[0]} is not among the {len(known)} parameters that the mesh in use was given, such as "
+                         f"{', '.join(list(known)[:3])}")
+    return {n: known[n] for n in names}
+
+
+def _each(fn: Callable, params: Tree) -> Tree:
+    found = specs(flat := tree.flatten(params))
+    return tree.unflatten({n: fn(t, found[n]) for n, t in flat.items()}, params)
+
+
+def place(params: Tree) -> Tree:
+    """This rank's part of whole parameters."""
+    now = using()
+    return params if now is None else _each(lambda t, s: layout.place(t, s, s.store, now.net), params)
+
+
+def whole(params: Tree) -> Tree:
+    """The parameters that ranks have in parts; all ranks call this."""
+    now = using()
+    return params if now is None else _each(lambda t, s: layout.whole(t, s, s.store, now.net), params)
+
+
+def pieces(state: Tree) -> dict[str, Piece]:
+    """What this rank has of each leaf of a training state."""
+    now = using()
+    if now is None:
+        return {n: Piece(tuple(t.shape), (0,) * t.ndim, tuple(t.shape), 1, 0) for n, t in tree.flatten(state).items()}
+    return {n: _piece(n, t, now) for n, t in tree.flatten(state).items()}
+
+
+def _piece(name: str, t: Tensor, now: Use) -> Piece:
+    """Parameters are as they are stored, what the optimizer keeps is divided as its updates; all else is whole."""
+    section, _, rest = name.partition(".")
+    known = now.layers[""].specs
+    while section in ("params", "frozen", "opt") and rest:
+        if rest in known:
+            s = known[rest]
+            return layout.piece(s, s.optimize if section == "opt" else s.store, now.net)
+        rest = rest.rpartition(".")[0]
+    whole = Spec(tuple(t.shape), (1,) * t.ndim, (), *[Layout(((),) * t.ndim)] * 3)
+    return layout.piece(whole, whole.store, now.net)
+
+
+def _ways(flat: dict[str, Tensor], src: str, dst: str) -> dict[str, tuple[Spec, Layout, Layout]]:
+    return {n: (s, getattr(s, src), getattr(s, dst)) for n, s in specs(flat).items()}
+
+
+def ready(params: Tree) -> Tree:
+    """Parameters as the loss uses them: gathered over fsdp, but for those of layers that are gathered one by one."""
+    now = using()
+    if now is None:
+        return params
+    flat = tree.flatten(params)
+    apart = {n: t for n, t in flat.items() if now.net.mesh.zero < 3 or not any(part.isdigit() for part in n.split("."))}
+    return tree.unflatten(flat | layout.gathered(apart, _ways(apart, "store", "compute"), now.net), params)
+
+
+def counted(batch: Tree) -> Tree:
+    """A batch whose num_items_in_batch is that of all samples; each rank comes with the number of its own."""
+    now = using()
+    axes = now.net.axes(BATCH) if now else ()
+    if not axes:
+        return batch
+    if not isinstance(batch, dict) or "num_items_in_batch" not in batch:
+        raise ValueError(f"the mesh {now.net.mesh} divides samples: each rank's batch needs num_items_in_batch, the "
+                         "number of targets or samples in it, so that the mean is that of all")
+    count = psum(batch["num_items_in_batch"].float(), axes, now.net)
+    return batch | {"num_items_in_batch": torch.where(count == 0, 1.0, count)}
+
+
+def share(loss: Tensor) -> Tensor:
+    """This rank's share of a loss, which ranks with the same samples have in common."""
+    now = using()
+    n = now.net.size(tuple(a for a in ALL if a not in BATCH)) if now else 1
+    return loss / n if n > 1 else loss
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over all ranks."""
+    now = using()
+    return x if now is None else psum(x, now.net.axes(AXES), now.net)
+
+
+def sync(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients by name, summed over the axes that do not divide them, as the optimizer's state is divided."""
+    now = using()
+    if now is None:
+        return grads
+    ways = _ways(grads, "store", "optimize")
+    grads = layout.scattered(grads, ways, now.net)
+    return layout.summed(grads, {n: _missing(s, now) for n, (s, _, _) in ways.items()}, now.net)
+
+
+def _missing(s: Spec, now: Use) -> tuple[str, ...]:
+    return now.net.axes(tuple(a for a in ALL if a not in s.optimize.axes))
+
+
+def squares(grads: dict[str, Tensor]) -> Tensor:
+    """The sum of squares of gradients, each element counted once, 0-d float32."""
+    now, each = using(), [g.float().square().sum() for g in grads.values()]
+    if now is None:
+        return torch.stack(each).sum()
+    copies = [now.net.size(_missing(s, now)) for s in specs(grads).values()]
+    once = torch.stack([x / n if n > 1 else x for x, n in zip(each, copies)]).sum()
+    return psum(once, now.net.axes(AXES), now.net)
+
+
+def mine(flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of each stored parameter that this rank updates."""
+    now = using()
+    if now is None:
+        return flat
+    return {n: t if s.store == s.optimize else layout.place(t, s, _only(s), now.net)
+            for (n, t), s in zip(flat.items(), specs(flat).values())}
+
+
+def _only(s: Spec) -> Layout:
+    """What divides a leaf in its optimizer's layout and not where it is stored."""
+    return Layout(tuple(b[len(a):] for a, b in zip(s.store.dims, s.optimize.dims)))
+
+
+def stored(flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters as they are stored, from the parts that ranks have updated."""
+    now = using()
+    return flat if now is None else layout.gathered(flat, _ways(flat, "optimize", "store"), now.net)
+
+
+def rank() -> tuple[int, int]:
+    """(number of this rank, ranks in all)."""
+    now = using()
+    return (now.net.rank, now.net.mesh.world) if now else (0, 1)
+
+
+def alone(fn: Callable, *args: object) -> None:
+    """fn of whole tensors, run by the first rank without a mesh."""
+    if rank()[0] == 0:
+        with use(None):
+            fn(*args)
+
+
+def part() -> tuple[int, int]:
+    """(number of this rank's part of the samples, parts in all)."""
+    now = using()
+    if now is None:
+        return 0, 1
+    i = 0
+    for a, at in zip(AXES, now.net.at):
+        i = i * getattr(now.net.mesh, a) + at if a in BATCH else i
+    return i, now.net.size(BATCH)
+
+
+def everyone(said: object) -> list:
+    """What each rank says."""
+    if using() is None:
+        return [said]
+    out = [None] * using().net.mesh.world
+    dist.all_gather_object(out, said)
+    return out
