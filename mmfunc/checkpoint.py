@@ -28,6 +28,7 @@ from mmfunc.hub import sync
 from mmfunc.shard import Piece
 from mmfunc.tree import Tree
 
+FORMAT = 2  # of a manifest
 PART = 5_000_000_000  # bytes of a file
 BLOCK = 1 << 24  # bytes hashed at a time
 PATIENCE = 600.0  # seconds that the first rank waits for the others' parts
@@ -147,7 +148,8 @@ def _close(folder: Path, told: list[dict[str, Any]], step: int, meta: dict[str, 
         for name, t in said["tensors"].items():
             tensors.setdefault(name, t | {"parts": []})["parts"] += t["parts"]
     files = {k: v for said in told for k, v in said["files"].items()}
-    said = {"format": 2, "step": step, "meta": meta, "files": files, "tensors": tensors, "torch": torch.__version__}
+    said = {"format": FORMAT, "step": step, "meta": meta, "files": files, "tensors": tensors,
+            "torch": torch.__version__}
     said["xxh3_128"] = xxhash.xxh3_128(json.dumps(said, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(said, sort_keys=True))
     sync(folder / "manifest.json")
@@ -165,6 +167,8 @@ def verify(folder: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
         for name, want in [*said["files"].items()][rank::world]:
             if (folder / name).stat().st_size != want["bytes"] or digest(folder / name) != want["xxh3_128"]:
                 raise ValueError(f"{name} does not match its checksum")
+        if said["format"] != FORMAT:
+            raise ValueError(f"it has format {said['format']}; this version reads {FORMAT}")
         if place(folder.parent, said["step"]).name != folder.name:
             raise ValueError(f"it holds step {said['step']}")
         for name, t in said["tensors"].items():

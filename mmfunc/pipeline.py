@@ -52,7 +52,7 @@ def texts(pipe: Pipeline, said: Sequence[str], length: int | None = None, *, str
     recipe, rows = recipes.of(pipe.kind), []
     lengths = _lengths(pipe, length)
     if strict is not None:
-        check(pipe, said, length, strict=strict, above=2)
+        check(pipe, said, length, strict=strict)
     for prompt in map(recipe.clean, said):
         row = {}
         for (part, words), encoder, n in zip(pipe.text, recipe.text, lengths):
@@ -69,10 +69,9 @@ def _lengths(pipe: Pipeline, length: int | None) -> tuple[int, ...]:
     return pipe.lengths if length is None else (*pipe.lengths[:-1], length)
 
 
-def check(pipe: Pipeline, said: Sequence[str], length: int | None = None, *, strict: bool = False, above: int = 0
-          ) -> None:
+def check(pipe: Pipeline, said: Sequence[str], length: int | None = None, *, strict: bool = False) -> None:
     """One warning that counts the prompts that lose their ends, by encoder; strict: where no encoder reads a prompt to
-    its end, a ValueError. above: frames between the warning's place and the caller."""
+    its end, a ValueError."""
     recipe, lengths = recipes.of(pipe.kind), _lengths(pipe, length)
     clean = list(map(recipe.clean, said))
     lost = [prompts.encode(words, clean, n)[1] for (_, words), n in zip(pipe.text, lengths)]
@@ -82,7 +81,7 @@ def check(pipe: Pipeline, said: Sequence[str], length: int | None = None, *, str
     if strict and any(min(cuts) for cuts in zip(*lost)):
         raise ValueError(found)
     if found:
-        warnings.warn(found, stacklevel=2 + above)
+        warnings.warn(found, stacklevel=2)
 
 
 @torch.no_grad()

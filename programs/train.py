@@ -112,8 +112,8 @@ def run(a: Args) -> int:
                 losses = []  # each micro-batch's part of the update's
                 for batch in micro:
                     state, told = step(state, batch)
-                    losses.append(told["loss"].item())
-                told = {k: v.item() for k, v in told.items()} | {"loss": sum(losses)}
+                    losses.append(told["loss"])
+                told = {k: v.item() for k, v in (told | {"loss": sum(losses)}).items()}
             log(number + 1, told, **{k: facts[k] * shard.part()[1] for k in ("tokens", "samples")})
             if not told["finite"]:
                 log.event("not finite", ids=facts["ids"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from mmfunc import checkpoint
 
 
-def final(out, step):
+def final(out, step=4):
     """The bits at the end of a run."""
     return load_file(checkpoint.place(out / "checkpoints", step) / "state-0.safetensors")
 

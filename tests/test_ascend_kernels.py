@@ -141,9 +141,10 @@ def test_references_are_the_functions_of_nn():
     torch.testing.assert_close(ascend.gate_reference(x, b.expand_as(x), "gelu_tanh"), gelu, **close)
     torch.testing.assert_close(ascend.gate_reference(x, None, "quick_gelu"), nn.quick_gelu(x), **close)
     heads, angles = torch.randn(7, 3, 64), torch.randn(7, 32)
-    for halves in (False, True):
-        torch.testing.assert_close(ascend.rope_reference(heads, angles, halves=halves),
-                                   nn.rotate(heads, angles, halves=halves), **close)
+    turned = nn.rotate(heads, angles)
+    torch.testing.assert_close(ascend.rope_reference(heads, angles, halves=True), turned, **close)
+    paired = lambda x: x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # from halves to neighbours
+    torch.testing.assert_close(ascend.rope_reference(paired(heads), angles, halves=False), paired(turned), **close)
     q, k, v = (torch.randn(2, 9, n, 16) for n in (4, 2, 2))
     ids = torch.tensor([[1, 1, 1, 2, 2, 2, 3, 3, 3]] * 2)
     for masks in ({}, {"causal": True}, {"segments": ids}, {"segments": ids, "causal": True}):

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "programs"))
 import drawings
 import encode
 import train
+from kills import final, same
+from safetensors.torch import load_file
 
 from mmfunc import bundle, checkpoint, clips, data, diffusion, features, media, models, records
 from mmfunc.tasks import pictures
@@ -215,20 +216,30 @@ def test_a_batch_is_a_function_of_its_number():
         clips.Batches(Fake(), clips.Plan((1, 2, 3)))
 
 
+def test_ranks_divide_each_micro_batch(monkeypatch):
+    plan = clips.Plan((4,), accumulate=2)
+    whole, parts = clips.Batches(Fake(), plan), []
+    for i in range(2):
+        monkeypatch.setattr(clips.shard, "part", lambda i=i: (i, 2))
+        parts.append(clips.Batches(Fake(), plan))
+    for n in range(6):
+        micro, facts = whole[n]
+        found = [p[n] for p in parts]
+        for j, m in enumerate(micro):
+            both = [f[0][j] for f in found]
+            assert sum(b.pop("num_items_in_batch") for b in both) == m.pop("num_items_in_batch") == 8
+            assert all(torch.equal(v, torch.cat([b[k] for b in both])) for k, v in m.items())
+        assert sorted(facts["ids"]) == sorted(found[0][1]["ids"] + found[1][1]["ids"])
+    with pytest.raises(ValueError, match="3 samples do not divide among 2 ranks"):
+        clips.Batches(Fake(), clips.Plan((3,)))
+
+
 def args(root, kind, out, **more):
     size = {"flux": "8x8", "wan": "9x16x16"}[kind]
     folder = {"flux": "drawings", "wan": "clips"}[kind]
     return train.Args(**{"model": root / kind, "data": root / folder, "out": out,
         "scratch": True, "steps": 4, "batch": 3, "lr": 1e-3, "warmup": 2, "save": 1, "backend": "eager", "workers": 0,
         "clips": pictures.Clips((size,), fps=8.0)} | more)
-
-
-def final(out, step=4):
-    return load_file(checkpoint.place(out / "checkpoints", step) / "state-0.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 @pytest.mark.parametrize("kind", ["flux", "wan"])

@@ -226,15 +226,29 @@ def test_saved_on_one_mesh_read_on_another(name, tmp_path):
     assert len(sizes) == 2 and max(sizes) < 1.1 * min(sizes)
 
 
-def program(root, out, *more, ranks=1):
+READING = ("--model {0}/model --data {0}/data/train.jsonl --rows.tokens 28 --rows.patches 128 --rows.attention 64")
+DRAWING = "--model {0}/flux --data {0}/drawings --clips.sizes 8x8 --ema 0.9"
+
+
+def program(root, out, *more, ranks=1, what=READING):
     """A run of programs/train.py on a few scanned digits."""
     start = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
-    said = (f"--model {root}/model --data {root}/data/train.jsonl --out {out} --scratch --steps 4 --batch 4 --lr 1e-3 "
-            "--warmup 2 --save 2 --backend eager --workers 0 --rows.tokens 28 --rows.patches 128 --rows.attention 64")
+    said = (f"{what.format(root)} --out {out} --scratch --steps 4 --batch 4 --lr 1e-3 --warmup 2 --save 2 "
+            "--backend eager --workers 0")
     file = Path(__file__).parent.parent / "programs" / "train.py"
     done = subprocess.run([sys.executable, *start, str(file), *said.split(), *more], capture_output=True, text=True,
                           timeout=90)
     return done.returncode, done.stderr
+
+
+def logged(out):
+    """Losses by step."""
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return {r["step"]: r["loss"] for r in rows if "loss" in r}
+
+
+def like(a, b):
+    assert a.keys() == b.keys() and all(abs(x - b[n]) < 1e-5 * x for n, x in a.items())
 
 
 def test_train_under_torchrun(tmp_path):
@@ -249,11 +263,22 @@ def test_train_under_torchrun(tmp_path):
     for out, more in (("tp", ("--mesh.tp", "2")), ("two", ("--mesh.fsdp", "2"))):
         code, said = program(tmp_path, tmp_path / out, *more, ranks=2)
         assert code == 0, said
-        rows = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in (out, "one")]
-        losses = [{r["step"]: r["loss"] for r in found if "loss" in r} for found in rows]
-        assert losses[0].keys() == losses[1].keys()
-        assert all(abs(x - losses[1][n]) < 1e-5 * x for n, x in losses[0].items())
+        like(logged(tmp_path / out), logged(tmp_path / "one"))
         a, b = (models.load(tmp_path / n / "export")[2] for n in (out, "one"))
         assert all((x - y).abs().max() < 1e-4 for x, y in zip(tree.leaves(a), tree.leaves(b)))
     code, said = program(tmp_path, tmp_path / "bad", "--mesh.tp", "3", ranks=2)
     assert code and "the mesh tp 3 has 3 ranks, but 2 are running; tp 2 would fit" in said
+    code, said = program(tmp_path, tmp_path / "bad", "--mesh.pp", "2")
+    assert code == 3 and "--mesh.pp 2: this program runs no pipelines" in said
+
+
+def test_drawings_under_torchrun(tmp_path):
+    """Two ranks with half of the samples each."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "programs"))
+    import drawings
+
+    drawings.main(drawings.Args(tmp_path, pictures=16, clips=1))
+    for out, more, ranks in (("one", (), 1), ("data", ("--mesh.data", "2"), 2)):
+        code, said = program(tmp_path, tmp_path / out, *more, ranks=ranks, what=DRAWING)
+        assert code == 0, said
+    like(logged(tmp_path / "data"), logged(tmp_path / "one"))

@@ -4,6 +4,7 @@ PyTorch's product reads a bfloat16 weight at a third to a half of the bandwidth 
 """
 
 from ctypes import c_int, c_int64, c_void_p
+from math import prod
 
 import torch
 from torch import Tensor
@@ -43,7 +44,4 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @register_flop_formula(torch.ops.mmfunc.cpu_matvec)
 def _(x: tuple, weight: tuple, bias: object, *rest, **more) -> int:
-    rows = 1
-    for n in x[:-1]:
-        rows *= n
-    return 2 * rows * weight[0] * weight[1]
+    return 2 * prod(x) * weight[0]

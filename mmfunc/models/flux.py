@@ -112,7 +112,7 @@ def offsets(p: Tree, ctx: Tree, n: int) -> tuple[Tensor, ...]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ctx: Tree) -> Tensor:
     """Attention of all tokens under their positions."""
-    return nn.attend(nn.rotate(q, ctx["angles"], halves=True), nn.rotate(k, ctx["angles"], halves=True), v)
+    return nn.attend(nn.rotate(q, ctx["angles"]), nn.rotate(k, ctx["angles"]), v)
 
 
 def double(p: Tree, c: Config, x: tuple[Tensor, Tensor], ctx: Tree) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,7 @@ def context(batch: dict[str, Tensor], x: Tensor) -> Tree:
 
 def block(p: Tree, c: Config, x: Tensor, ctx: Tree, entry: Tree | None = None) -> Any:
     q, k, v = nn.qkv(p["self"], nn.rmsnorm(p["norm"], x, c.eps), c.k)
-    q, k = nn.rotate(q, ctx["angles"], halves=True), nn.rotate(k, ctx["angles"], halves=True)
+    q, k = nn.rotate(q, ctx["angles"]), nn.rotate(k, ctx["angles"])
     if entry is not None:
         entry = nn.remember(entry, k, v, ctx["start"])
         k, v = entry["k"], entry["v"]

@@ -140,7 +140,7 @@ def look(p: Tree, c: Config, batch: dict[str, Any]) -> tuple[Tensor, Tree]:
 def _see(p: Tree, c: Config, x: Tensor, ctx: Tree, table: Tree) -> Tensor:
     norm = nn.rmsnorm if c.window else nn.layernorm
     q, k, v = nn.qkv(p["self"], norm(p["norm"], x), c.k)
-    q, k = nn.rotate(q, ctx["angles"], halves=True), nn.rotate(k, ctx["angles"], halves=True)
+    q, k = nn.rotate(q, ctx["angles"]), nn.rotate(k, ctx["angles"])
     x = x + nn.merge(p["self"], vision.in_rows(nn.attend, q, k, v, table))
     return x + nn.mlp(p["mlp"], norm(p["norm_mlp"], x), silu if c.window else nn.quick_gelu)
 

@@ -133,7 +133,7 @@ def looked(p: Tree, c: Config, batch: dict[str, Tensor], dtype: torch.dtype) -> 
 def block(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (p["offsets"] + ctx["offsets"]).chunk(6, 1)
     q, k, v = nn.qkv(nn.unpaired(p["self"], c.k), nn.adaln(x, shift, scale), c.k)
-    y = nn.attend(nn.rotate(q, ctx["angles"], halves=True), nn.rotate(k, ctx["angles"], halves=True), v)
+    y = nn.attend(nn.rotate(q, ctx["angles"]), nn.rotate(k, ctx["angles"]), v)
     x = nn.gated(x, nn.merge(p["self"], y), gate)
 
     q = nn.query(p["cross"], nn.layernorm(p["norm"], x), c.k)

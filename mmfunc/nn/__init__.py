@@ -25,6 +25,6 @@ from mmfunc.nn.basic import (
 )
 from mmfunc.nn.chain import Chain, running, whole
 from mmfunc.nn.conv import Conv, GroupNorm, Once, causal, conv, double, groupnorm, halve, joined, tiled
-from mmfunc.nn.diffusion import Offsets, adaln, gated, grid, modulate, patchify, sinusoid, unpaired, unpatchify
+from mmfunc.nn.diffusion import Offsets, adaln, gated, grid, modulate, patchify, sinusoid, unpatchify
 from mmfunc.nn.loss import cross_entropy, targets
-from mmfunc.nn.rope import axial, rotate, sections
+from mmfunc.nn.rope import axial, rotate, sections, unpaired

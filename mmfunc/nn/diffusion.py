@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfunc.nn.basic import layernorm
-from mmfunc.tree import Param, Tree, normal
+from mmfunc.tree import Param, normal
 
 
 def patchify(x: Tensor, patch: tuple[int, ...]) -> Tensor:
@@ -31,15 +31,6 @@ def grid(shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
     """Row-major positions of a grid: (T, Y, X) -> int64 [T * Y * X, 3]."""
     axes = torch.meshgrid(*(torch.arange(n, device=device) for n in shape), indexing="ij")
     return torch.stack([a.flatten() for a in axes], -1)
-
-
-def unpaired(p: Tree, k: int) -> Tree:
-    """Attention maps whose queries and keys have the even channels of a head before the odd ones. Scores stay, and the
-    neighbours that are to be rotated lie in two halves, which a compiler can vectorise."""
-    move = lambda t: t.unflatten(0, (-1, k // 2, 2)).transpose(1, 2).flatten(0, 2)
-    moved = lambda m: {n: m[n] if n in ("lora_a", "lora_scale") else move(m[n]) for n in m}
-    both = lambda m: m | {n: moved(m[n]) for n in ("q", "k")}
-    return both(p) | {n: both(p[n]) for n in ("norm", "span") if n in p}
 
 
 def sinusoid(t: Tensor, width: int, period: float = 10000.0) -> Tensor:

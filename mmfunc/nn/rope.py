@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mmfunc import shard
+from mmfunc.tree import Tree
 
 
 def _freqs(width: int, theta: float, device: torch.device) -> Tensor:
@@ -23,10 +24,19 @@ def sections(ids: Tensor, width: int, parts: tuple[int, ...], theta: float) -> T
                       for i, (a, n) in enumerate(zip([sum(parts[:j]) for j in range(len(parts))], parts))], -1)
 
 
-def rotate(x: Tensor, angles: Tensor, *, halves: bool = False) -> Tensor:
-    """Rotate pairs of channels: neighbours, or the two halves. x [..., S, H, K], angles [..., S, K/2] of whole rows."""
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate each channel with the one half a head further. x [..., S, H, K], angles [..., S, K/2] of whole rows."""
     angles = angles if shard.block() is None else shard.local(angles, -2)
     cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
-    a, b = x.float().chunk(2, -1) if halves else x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    a, b = a * cos - b * sin, b * cos + a * sin
-    return (torch.cat([a, b], -1) if halves else torch.stack([a, b], -1).flatten(-2)).to(x.dtype)
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def unpaired(p: Tree, k: int) -> Tree:
+    """Attention maps of a model that rotates neighbouring channels, whose queries and keys have the even channels of a
+    head before the odd ones: scores stay, and what is rotated together lies half a head apart, which a compiler can
+    vectorise."""
+    move = lambda t: t.unflatten(0, (-1, k // 2, 2)).transpose(1, 2).flatten(0, 2)
+    moved = lambda m: {n: m[n] if n in ("lora_a", "lora_scale") else move(m[n]) for n in m}
+    both = lambda m: m | {n: moved(m[n]) for n in ("q", "k")}
+    return both(p) | {n: both(p[n]) for n in ("norm", "span") if n in p}
