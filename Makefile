@@ -1,17 +1,20 @@
 # make demo: models learn to read, to draw and to move scanned digits, and are examined.  make test: the tests.
 # make drawings: the second and third of these alone.  make deep: tests that take minutes.  make test-mesh: every plan on
-# real ranks.  make test-ascend: the Ascend C kernels in the host emulator, every shape and seeded bug.
+# real ranks.  make test-ascend: every family lowered for Ascend NPUs by torchair and computed from its graph, and the
+# Ascend C kernels in the host emulator, every shape and seeded bug.
+# make bench: this machine's limits, ours and peers in turn (ARGS=--quick: in ten minutes).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
+ASCEND := $(CURDIR)/.venv-ascend
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 export TMPDIR := $(CURDIR)/.cache/tmp
 export HF_HUB_OFFLINE := 1
 # threads that wait must not spin: beside any other process that makes a step fifty times slower
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo drawings test deep test-mesh test-ascend clean
+.PHONY: demo drawings test deep test-mesh test-ascend bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/core: pyproject.toml
@@ -49,9 +52,25 @@ test-mesh: $(VENV)/test
 	mkdir -p $(TMPDIR)
 	$(BIN)/python tests/mesh_ranks.py
 
-test-ascend: $(VENV)/test
+test-ascend: $(VENV)/test .venv-ascend/ready
 	mkdir -p $(TMPDIR)
+	LD_LIBRARY_PATH=$(ASCEND)/stubs TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pytest tests/test_ge.py -m "deep or not deep"
 	$(BIN)/python -m pytest tests/test_ascend_kernels.py -s -m "deep or not deep"
+
+# torch_npu and stand-ins for CANN's libraries, apart from the main environment, where torch would not start with them
+.venv-ascend/ready: pyproject.toml mmfunc/kernels/ge/stubs.py mmfunc/kernels/ge/stubs.cpp
+	mkdir -p $(TMPDIR)
+	test -x $(ASCEND)/bin/python || $(PYTHON) -m venv $(ASCEND)
+	echo '*' > $(ASCEND)/.gitignore
+	$(ASCEND)/bin/python -m pip install -q --upgrade "pip>=25.1"
+	$(ASCEND)/bin/python -m pip install -q torch==2.13.0 torch-npu==2.13.0 protobuf scipy decorator attrs psutil pyyaml "pytest>=8" -e .
+	$(ASCEND)/bin/python mmfunc/kernels/ge/stubs.py $(ASCEND)/stubs
+	touch $@
+
+bench: $(VENV)/test
+	mkdir -p $(TMPDIR)
+	$(BIN)/python -m pip install -q --group bench
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/suite.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .cache runs build *.egg-info

@@ -5,28 +5,17 @@
 Also the time of causal order, and of 16 segments packed into a row, as a part of that of full attention.
 """
 
-import statistics
+import json
 import sys
-import time
 from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from workloads import row, turns
 
 from mmfunc.kernels import cpu
 
 SHAPES = [(4, 12, 512, 64), (1, 6, 1950, 128), (1, 12, 1950, 64), (1, 8, 4096, 64)]  # batch, heads, tokens, width
-
-
-def interleaved(calls, runs):
-    """Median seconds of each call, taken in turn; the first turn does not count."""
-    times = {k: [] for k in calls}
-    for i in range(runs + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name] += [time.perf_counter() - start] * (i > 0)
-    return {k: statistics.median(v) for k, v in times.items()}
 
 
 def theirs(q, k, v):
@@ -43,10 +32,9 @@ def both(fn, q, k, v, g):
     torch.autograd.grad(fn(*live), live, g)
 
 
-def main(runs=5):
-    threads = torch.get_num_threads()
-    print(f"torch {torch.__version__}, {threads} threads\n{'batch, heads, tokens, width':28} {'':8} {'PyTorch':>8} "
-          f"{'ours':>6} {'ratio':>6} {'causal':>7} {'packed':>7}")
+def rows(runs: int = 5) -> list[dict]:
+    """For each shape and pass: GFLOP a core-second of PyTorch's and ours, and shares of the time of full attention."""
+    threads, out = torch.get_num_threads(), []
     for batch, heads, tokens, width in SHAPES:
         q, k, v, g = (torch.randn(batch, tokens, heads, width).bfloat16() for _ in range(4))
         segments = (torch.arange(tokens) * 16 // tokens + 1).expand(batch, -1)
@@ -56,11 +44,13 @@ def main(runs=5):
         forward = {n: partial(fn, q, k, v) for n, fn in fns.items()}
         back = {n: partial(both, fn, q, k, v, g) for n, fn in fns.items()}
         for name, calls, count in (("forward", forward, flops), ("and back", back, 3.5 * flops)):
-            t = interleaved(calls, runs)
-            rates = f"{count / t['theirs']:8.0f} {count / t['ours']:6.0f} {t['theirs'] / t['ours']:6.2f}"
-            parts = f"{t['causal'] / t['ours']:7.2f} {t['packed'] / t['ours']:7.3f}"
-            print(f"{str((batch, heads, tokens, width)):28} {name:8} {rates} {parts}", flush=True)
+            t = {n: row(x)["median_s"] for n, x in turns(calls, runs).items()}
+            out.append({"shape": [batch, heads, tokens, width], "pass": name, "theirs": round(count / t["theirs"], 1),
+                        "ours": round(count / t["ours"], 1), "ratio": round(t["theirs"] / t["ours"], 3),
+                        "causal": round(t["causal"] / t["ours"], 3), "packed": round(t["packed"] / t["ours"], 3)})
+    return out
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    for found in rows(*map(int, sys.argv[1:])):
+        print(json.dumps(found))

@@ -1,0 +1,72 @@
+"""What the machine can do: the fastest kernels here, by which a program's best possible time is computed."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.functional import conv2d, scaled_dot_product_attention
+
+from mmfunc import kernels
+
+GEMMS = (2048, 768, 3072), (1380, 768, 4096), (1332, 3072, 768), (2048, 2048, 2048)  # tokens, in, out
+CONVS = (128, 128, 128), (256, 256, 128)  # channels in and out, side; 3 x 3
+ATTENTION = (1, 6, 1950, 128), (1, 12, 1950, 64)  # batch, heads, tokens, width
+
+
+def least(call: Callable, seconds: float = 1.0) -> float:
+    """The shortest of the times of a call, tried for a while."""
+    call()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def both(fn: Callable, *tensors: torch.Tensor) -> None:
+    live = [t.detach().requires_grad_() for t in tensors]
+    y = fn(*live)
+    torch.autograd.grad(y, live, y.detach())
+
+
+def measure(seconds: float = 1.0) -> dict[str, float]:
+    """bf16 FLOP/s of matrix products, convolutions, attention (there and back); bytes/s of reading and copying."""
+    rand = lambda *size: torch.randn(size).bfloat16()
+    gemm = conv = attention = 0.0
+    for m, k, n in GEMMS:
+        a, b = rand(m, k), rand(n, k)
+        gemm = max(gemm, 2 * m * k * n / least(lambda a=a, b=b: a @ b.T, seconds))
+    for a, b, side in CONVS:
+        x, w = rand(1, a, side, side).to(memory_format=torch.channels_last), rand(b, a, 3, 3)
+        conv = max(conv, 18 * a * b * side**2 / least(lambda x=x, w=w: conv2d(x, w, padding=1), seconds))
+    sdpa = lambda q, k, v: scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+    for b, h, n, d in ATTENTION:
+        given = [rand(b, n, h, d) for _ in range(3)]
+        for fn in (sdpa, kernels.attend):
+            attention = max(attention, 14 * b * h * n * n * d / least(lambda fn=fn, g=given: both(fn, *g), seconds))
+    big = torch.ones(2**26)  # 256 MiB, more than any cache here
+    into = torch.empty_like(big)
+    reads = big.nbytes / least(lambda: big.sum(), seconds)
+    return {"gemm": gemm, "conv": conv, "attention": attention, "read": reads,
+            "copy": 2 * big.nbytes / least(lambda: into.copy_(big), seconds)}
+
+
+def described() -> dict[str, str | int]:
+    """The machine in words."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count() or 1,
+            "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_capability()}
+
+
+def best_time(graph: dict[str, int], can: dict[str, float]) -> float:
+    """Seconds that a graph takes at the least: each kind of kernel at its rate, and each argument read once.
+
+    What is written, and all that lies between the products, is taken as free: the real limit is higher.
+    """
+    work = sum(graph[k] / can[k] for k in ("gemm", "conv", "attention"))
+    return graph["times"] * (work + graph["bytes"] / can["read"])

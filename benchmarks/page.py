@@ -1,0 +1,102 @@
+"""docs/benchmarks.md and its pictures, from a file of results.
+
+    python benchmarks/page.py benchmarks/results/<file>.json
+"""
+
+import json
+import sys
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import workloads
+
+COLORS = {"eager": "#8a8f98", "compiled": "#4f7cac", "openvino": "#c08a3e"}
+
+
+def bars(title: str, rows: list[tuple[str, float, str]], unit: str, line: float | None = None) -> str:
+    """An SVG of horizontal bars (name, value, colour); line: where the value is to be at the least."""
+    top, width, high = max(v for _, v, _ in rows) * 1.1, 520, 22 * len(rows) + 40
+    x = lambda v: 150 + v / top * (width - 210)
+    body = "".join(
+        f'<text x="144" y="{44 + 22 * i}" text-anchor="end">{escape(name)}</text><rect x="150" y="{32 + 22 * i}" '
+        f'height="15" width="{x(v) - 150:.1f}" fill="{color}"/><text x="{x(v) + 4:.1f}" y="{44 + 22 * i}">'
+        f"{v:g}{unit}</text>" for i, (name, v, color) in enumerate(rows))
+    at = 0.0 if line is None else x(line)
+    mark = f'<path d="M{at:.1f} 26V{high - 6}" stroke="#b33" stroke-dasharray="4 3"/>' if at else ""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {high}" font-family="sans-serif" '
+            f'font-size="12"><rect width="100%" height="100%" fill="#fff"/><text x="8" y="16" font-weight="bold">'
+            f"{escape(title)}</text>{mark}{body}</svg>\n")
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, r))} |" for r in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def seconds(r: dict[str, float]) -> str:
+    return f"{r['median_s']:.3g} ({r['min_s']:.3g} to {r['max_s']:.3g})"
+
+
+def write(said: dict[str, Any], folder: Path) -> None:
+    """The page and its pictures in a folder."""
+    folder.mkdir(exist_ok=True)
+    works, can, m = said["workloads"], said["limits"], said["machine"]
+    ratios = [(f"{n} / {p}", r, COLORS[p]) for n, w in works.items() for p, r in w["ratios"].items()]
+    (folder / "ratios.svg").write_text(bars("time of a peer over ours", ratios, "x", 1))
+    parts = [(n, w["fkr"], "#5a8f5a") for n, w in works.items() if "fkr" in w]
+    (folder / "roofline.svg").write_text(bars("best possible time of this machine over ours", parts, "", 1))
+    peers = [[n, (workloads.WORKS[n].__doc__ or "").strip(), p, seconds(r), "" if p == "mmfunc" else w["ratios"][p],
+              f"{r['compile_cpu_s']:.0f}", f"{r['temporary'] / 2**20:.0f}" if "temporary" in r else "",
+              f"{r['peak_rss'] / 2**30:.1f}"] for n, w in works.items() for p, r in w["peers"].items()]
+    ours = [[n, w.get("gflop", ""), w.get("gflop_per_core_s", ""), w.get("fkr", w.get("read_share", "")),
+             w.get("memory", ""), w.get("memory_with_state", "")] for n, w in works.items()]
+    attention = [[r["shape"], *list(r.values())[1:]] for r in said["attention"]]
+    packed, depth, loader, ranks = said["packed"], said["depth"], said["loader"], said["ranks"]
+    first, rate = works["W1"]["peers"]["mmfunc"], {k: f"{v / 1e9:.0f}" for k, v in can.items()}
+    versions = ", ".join(f"{k} {v}" for k, v in said["versions"].items())
+    each = ", ".join(f"{n}: {t} us a token" for n, t in zip(packed["tokens"], packed["us_per_token"]))
+    layers = ", ".join(f"{r['layers']}: {r['compile_cpu_s']}" for r in depth["rows"])
+    sides = ["", "what", "side", "seconds", "over ours", "compile, CPU s", "temporary MiB", "peak RSS GiB"]
+    shares = ["", "GFLOP", "GFLOP a core-second", "fraction of roofline", "temporary memory / eager", "with the state"]
+    text = f"""# Benchmarks
+
+{said["date"]}: {m["cpu"]}, {m["cores"]} cores, {m["threads"]} threads; {versions}.
+`make bench` made this page in {said["minutes"]} minutes, from [the results](../benchmarks/results) of
+bf16 runs. Each side of a workload is a process of its own, with the same weights and batches; they take turns,
+and their float32 losses or outputs were equal to 1e-4 before. A time is the median (lowest to highest).
+
+![ratios](ratios.svg)
+
+{table(sides, peers)}
+## Fraction of the machine's own roofline
+
+This machine does {rate["gemm"]} GFLOP/s in matrix products, {rate["conv"]} in convolutions, {rate["attention"]} in
+attention (there and back, the faster of ours and PyTorch's), and reads {can["read"] / 1e9:.1f} GB/s. The best
+possible time of a graph is its FLOPs at these rates and each argument read once; all else is taken as free. For W5
+the figure is the share of the read bandwidth.
+
+![roofline](roofline.svg)
+
+{table(shares, ours)}
+A second process with a warm compile cache takes its first W1 step after {first["warm_first_s"]:.1f} s, of
+{first["warm_compile_cpu_s"]:.1f} CPU seconds more than a later one.
+
+## Attention on CPU
+
+GFLOP a core-second; causal order and 16 packed segments as shares of the time of full attention.
+
+{table(["shape", "pass", "PyTorch", "ours", "ratio", "causal", "packed"], attention)}
+## Scaling
+
+- Packed rows of 512-token segments: {each};
+  last over first {packed["last_over_first"]}.
+- Compile CPU seconds in block mode by layers: {layers}; {depth["ratio"]} over all.
+- One loader process, tar shards of 336 x 336 jpegs: {loader["samples_per_s"]} samples/s. Asked for
+  {loader["asked_per_s"]} (10 x W1's rate) it is waited for {100 * loader["wait_share"]:.2g} % of the time.
+- Weak scaling, one thread a rank: {ranks["seconds"][0]} s on one, {ranks["seconds"][1]} s on {ranks["ranks"][1]}.
+"""
+    (folder / "benchmarks.md").write_text(text)
+
+
+if __name__ == "__main__":
+    write(json.loads(Path(sys.argv[1]).read_text()), Path(__file__).parent.parent / "docs")

@@ -1,0 +1,143 @@
+"""make bench: this machine's limits, ours and peers in turn on the same work, and a page of what was found.
+
+    python benchmarks/suite.py                # all of it, in less than 45 minutes on two cores
+    python benchmarks/suite.py --quick        # fewer runs, a warm compile cache; tells what fell by more than 15 %
+    python benchmarks/suite.py --only W3      # one workload, nothing written
+
+Each peer of a workload is a process of its own (workloads.py); they take turns. Equal losses (1e-4 relative, float32)
+come first. Writes results/<date>-<machine>.json, and from it docs/benchmarks.md with pictures.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import machine
+import page
+import scaling
+import torch
+import tyro
+from workloads import row
+
+HERE = Path(__file__).parent
+PEERS = {"W1": ("eager", "compiled"), "W2": ("eager", "compiled"), "W3": ("eager", "compiled"),
+         "W4a": ("eager", "compiled", "openvino"), "W4b": ("eager",), "W5": ("eager",),
+         "W7": ("eager", "compiled", "openvino")}
+
+
+@dataclass(frozen=True)
+class Args:
+    quick: bool = False  # fewer runs, no cold compilations; compared with the last results that were written
+    only: tuple[str, ...] = ()  # workloads; nothing is written
+    runs: int = 0  # of each peer; 0: 3 when quick, else 7
+
+
+class Peer:
+    """A process that runs one side of a workload."""
+
+    def __init__(self, name: str, peer: str, folder: str, cache: str | None):
+        env = os.environ | ({"TORCHINDUCTOR_CACHE_DIR": cache} if cache else {})
+        self.errors, command = Path(folder) / f"{peer}.txt", [sys.executable, str(HERE / "workloads.py")]
+        with self.errors.open("w") as told:
+            self.process = subprocess.Popen([*command, name, peer, folder], env=env, stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, stderr=told, text=True)
+        self.first = self.read()
+
+    def read(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(self.errors.read_text()[-3000:])
+        return json.loads(line) if line.startswith("{") else self.read()
+
+    def ask(self, line: str) -> dict[str, Any]:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+
+def off(folder: str, peer: str) -> float:
+    """How far a peer's check is from ours, of the largest number in it."""
+    a, b = (torch.load(Path(folder) / f"{n}.pt") for n in ("mmfunc", peer))
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def workload(name: str, runs: int, can: dict[str, float], cold: bool) -> dict[str, Any]:
+    """Times of all sides of a workload in turn, and what follows from them."""
+    names = ("mmfunc", *PEERS[name])
+    with tempfile.TemporaryDirectory() as folder:
+        peers = {n: Peer(name, n, folder, f"{folder}/{n}" if cold else None) for n in names}
+        if apart := {n: x for n in names if (x := off(folder, n)) > 1e-4}:
+            raise RuntimeError(f"{name}: the checks of {apart} differ from ours by more than 1e-4")
+        times = {n: [] for n in names}
+        for _ in range(runs):
+            for n, p in peers.items():
+                times[n].append(p.ask("run")["seconds"])
+        rows = {n: row(times[n]) | p.first | p.ask("") for n, p in peers.items()}
+        for p in peers.values():
+            p.process.wait()
+        if cold and name == "W1":
+            again = Peer(name, "mmfunc", folder, f"{folder}/mmfunc")
+            rows["mmfunc"] |= {f"warm_{k}": v for k, v in again.first.items()}
+            again.process.kill()
+    ours, graph = rows["mmfunc"], rows["mmfunc"].get("graph")
+    said = {"peers": rows, "ratios": {n: round(rows[n]["median_s"] / ours["median_s"], 3) for n in PEERS[name]}}
+    if "temporary" in ours:
+        said["memory"] = round(ours["temporary"] / rows["eager"]["temporary"], 3)
+        whole = [r["temporary"] + r["kept"] for r in (ours, rows["eager"])]
+        said["memory_with_state"] = round(whole[0] / whole[1], 3)
+    if graph:
+        flops = graph["times"] * sum(graph[k] for k in ("gemm", "conv", "attention"))
+        said |= {"gflop": round(flops / 1e9, 1), "gflop_per_core_s": round(flops / ours["cpu_s"] / 1e9, 1),
+                 "fkr": round(machine.best_time(graph, can) / ours["median_s"], 3)}
+    elif name == "W5":
+        said |= {"read_share": round(ours["kept"] / ours["median_s"] / can["read"], 3)}
+    return said
+
+
+def fallen(now: dict, before: dict) -> list[str]:
+    """Ratios that are more than 15 % lower than they were."""
+    out = []
+    for name, found in now["workloads"].items():
+        for peer, ratio in found["ratios"].items():
+            was = before["workloads"].get(name, {}).get("ratios", {}).get(peer)
+            print(f"{name} over {peer}: {ratio}" + (f", was {was}" if was else ""), flush=True)
+            if was and ratio < 0.85 * was:
+                out.append(f"{name} over {peer}: {ratio}, was {was}")
+    return out
+
+
+def main(a: Args) -> int:
+    start, runs = time.time(), a.runs or (3 if a.quick else 7)
+    can = machine.measure(0.3 if a.quick else 1.0)
+    print({k: f"{v / 1e9:.1f} G/s" for k, v in can.items()}, flush=True)
+    said = {"date": time.strftime("%Y-%m-%d"), "machine": machine.described(), "versions": scaling.versions(),
+            "command": " ".join(["python", *sys.argv]), "limits": can, "workloads": {}}
+    for name in a.only or PEERS:
+        said["workloads"][name] = workload(name, runs, can, cold=not a.quick and not a.only)
+        found = {k: v for k, v in said["workloads"][name].items() if k != "peers"}
+        print(name, f"{time.time() - start:.0f} s", json.dumps(found), flush=True)
+    if a.only:
+        return 0
+    before = sorted((HERE / "results").glob("*.json"))
+    if a.quick:
+        wrong = fallen(said, json.loads(before[-1].read_text())) if before else []
+        print(*wrong, sep="\n")
+        return 1 if wrong else 0
+    said |= scaling.measure(10 * 4 / said["workloads"]["W1"]["peers"]["mmfunc"]["median_s"])
+    said["minutes"] = round((time.time() - start) / 60, 1)
+    cpu = said["machine"]["cpu"].split()[1].lower()
+    file = HERE / "results" / f"{said['date']}-{cpu}-{said['machine']['cores']}core.json"
+    file.write_text(json.dumps(said, indent=1) + "\n")
+    page.write(said, HERE.parent / "docs")
+    print(f"wrote {file} and docs/benchmarks.md after {said['minutes']} minutes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args)))
