@@ -1,7 +1,7 @@
 """What a function does before it runs: its graph of operations, FLOPs and bytes, memory over time; all from shapes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import flop_counter
 
-from mmfunc import tree
+from mmfunc import shard, tree
 from mmfunc.kernels import cpu  # noqa: F401  its operations have their FLOPs in torch's table
 from mmfunc.signature import named
 
@@ -37,6 +37,14 @@ FLOPS = flop_counter.flop_registry | {  # of a call, from its arguments; what to
 }
 
 
+SENT = {  # bytes that a rank sends for a byte of input, where ranks form a ring: (arguments, ranks)
+    "all_gather": lambda args, n: n - 1,
+    "reduce_scatter": lambda args, n: 1 - 1 / n,
+    "all_reduce": lambda args, n: 2 * (1 - 1 / n),
+    "all_to_all": lambda args, n: 1 - min(args[2]) / sum(args[2]),  # its own part stays
+}
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A traced function; nothing of it was allocated or run."""
@@ -46,6 +54,7 @@ class Lowered:
     shape: Callable  # (args, output tensors) -> the function's result
     backend: str
     options: dict[str, Any]  # of the backend
+    groups: dict[str, tuple[str, int]] = field(default_factory=dict)  # by name: axes of the mesh, and ranks
 
     def text(self) -> str:
         """The graph, a line an operation with shapes and dtypes."""
@@ -61,36 +70,51 @@ class Lowered:
         for node in calls(self.graph):
             if not is_view(node):
                 moved += sum(t.nbytes for n in (node, *node.all_input_nodes) for t in outputs(n))
-            count = FLOPS.get(getattr(node.target, "_overloadpacket", None))
-            if count is not None:
+            if flops := flops_of(node):
                 name = str(node.target).removeprefix("aten.")
-                flops = count(*vals(node.args), **vals(node.kwargs), out_val=node.meta["val"])
-                by_op[name] = by_op.get(name, 0) + int(flops)
-        return {"flops": sum(by_op.values()), "flops_by_op": by_op, "bytes": moved, "collectives": {}}
+                by_op[name] = by_op.get(name, 0) + flops
+        return {"flops": sum(by_op.values()), "flops_by_op": by_op, "bytes": moved,
+                "collectives": self.collectives(calls(self.graph))}
+
+    def collectives(self, nodes: list[torch.fx.Node]) -> dict[str, dict[str, dict[str, float]]]:
+        """What a rank sends: by axes of the mesh ("ring+ulysses") and kind, how many calls and bytes, in rings."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for n in nodes:
+            kind = str(n.target).partition("_c10d_functional.")[2].partition(".")[0].removesuffix("_single")
+            kind = kind.removesuffix("_into_tensor").removesuffix("_tensor")
+            if kind not in SENT:
+                continue
+            axes, ranks = self.groups[n.args[-1]]
+            entry = found.setdefault(axes, {}).setdefault(kind, {"calls": 0, "bytes": 0})
+            entry["calls"] += 1
+            entry["bytes"] += sum(t.nbytes for t in outputs(n.args[0])) * SENT[kind](n.args, ranks)
+        return found
 
     def memory(self) -> dict[str, int]:
         """Bytes: arguments, outputs that are new, temporary (most held at once beside both), and peak, their sum.
 
         As if each operation had its own result: what fusion saves is not known here. A donated state is no output.
         """
-        nodes = list(self.graph.graph.nodes)
-        own = {n: {storage(t): t.untyped_storage().nbytes() for t in outputs(n)} for n in nodes}
-        touched = [own[n] | {s: b for m in n.all_input_nodes for s, b in own[m].items()} for n in nodes]
+        timeline, kept = self.held()
+        arguments, most = sum(t.nbytes for t in self.inputs), max(during for during, _ in timeline)
+        return {"arguments": arguments, "outputs": kept, "temporary": most - kept, "peak": arguments + most}
+
+    def held(self, own: dict[torch.fx.Node, dict[int, int]] | None = None) -> tuple[list[tuple[int, int]], int]:
+        """Bytes beside the arguments while each node runs and after it, and of new outputs. own: as of owned()."""
+        nodes, own = list(self.graph.graph.nodes), own or owned(self.graph)
+        touched = {n: own[n] | {s: b for m in n.all_input_nodes for s, b in own[m].items()} for n in nodes}
         given = {s for n in nodes if n.op == "placeholder" for s in own[n]}
-        kept = touched[-1].keys() - given
-        last = {s: i for i, found in enumerate(touched) for s in found}
+        kept = touched[nodes[-1]].keys() - given
+        last = {s: i for i, n in enumerate(nodes) for s in touched[n]}
         size: dict[int, int] = {}
-        held = most = 0
-        for i, found in enumerate(touched[:-1]):
-            for s, b in found.items():
-                if s not in size and s not in given:
-                    size[s] = b
-                    held += b
-            most = max(most, held)
-            held -= sum(size[s] for s in found if last[s] == i and s in size and s not in kept)
-        arguments = sum(t.nbytes for t in self.inputs)
-        new = sum(size.get(s, 0) for s in kept)
-        return {"arguments": arguments, "outputs": new, "temporary": most - new, "peak": arguments + most}
+        timeline, now = [], 0
+        for i, n in enumerate(nodes[:-1]):
+            new = {s: b for s, b in own[n].items() if s not in size and s not in given}
+            size |= new
+            during = now = now + sum(new.values())
+            now -= sum(size[s] for s in touched[n] if last[s] == i and s in size and s not in kept)
+            timeline.append((during, now))
+        return timeline, sum(size.get(s, 0) for s in kept)
 
     def compile(self) -> Callable:
         """The function for arguments of these shapes, compiled ahead of its first call."""
@@ -142,7 +166,9 @@ def trace(flattened: Callable, args: tuple, backend: str, options: dict[str, Any
         if graph is not plain:  # what is run again has results of its own
             FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*inputs)
     _sink(graph)
-    return Lowered(graph, inputs, shape, backend, options)
+    net = shard.using() and shard.using().net
+    groups = {name: ("+".join(axes), net.size(axes)) for axes, name in net.groups.items()} if net else {}
+    return Lowered(graph, inputs, shape, backend, options, groups)
 
 
 def _functional(body: Callable, writes: list, *tensors: Tensor) -> list[Tensor]:
@@ -176,6 +202,17 @@ def _sink(graph: torch.fx.GraphModule) -> None:
         after = max((new, last.get(storage(old.meta["val"]), new)), key=order.__getitem__)
         if after.op != "placeholder":
             after.append(node)
+
+
+def owned(graph: torch.fx.GraphModule) -> dict[torch.fx.Node, dict[int, int]]:
+    """The storages in which the results of each node lie, and their bytes."""
+    return {n: {storage(t): t.untyped_storage().nbytes() for t in outputs(n)} for n in graph.graph.nodes}
+
+
+def flops_of(node: torch.fx.Node) -> int:
+    """FLOPs of an operation."""
+    count = FLOPS.get(getattr(node.target, "_overloadpacket", None))
+    return int(count(*vals(node.args), **vals(node.kwargs), out_val=node.meta["val"])) if count else 0
 
 
 def calls(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
