@@ -1,0 +1,132 @@
+"""What an Ascend machine has and lacks, and whether it computes what a CPU does.
+
+    python -m mmfunc.doctor [report.txt]
+
+Nothing of torch is imported before what it needs was looked at. On a device a training step of two small models is
+compiled, run and compared with the CPU; elsewhere it says what is missing, and what was shown without it.
+"""
+
+import ctypes
+import os
+import platform
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+PAIRS = {"2.13": "2.13"}  # torch: torch_npu, which converters were written against
+CANN = "ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"
+DRIVER = Path("/usr/local/Ascend/driver/version.info")
+SETTINGS = {"HCCL_DETERMINISTIC": "true: the same sums in each run", "HCCL_SOCKET_IFNAME": "the NIC that ranks meet on",
+            "HCCL_CONNECT_TIMEOUT": "seconds, for large worlds", "ASCEND_RT_VISIBLE_DEVICES": "devices to use"}
+ROOM = 20  # GiB for compiled graphs and checkpoints of a small run
+MODELS = "qwen2vl:tiny", "wan:tiny"
+
+Fact = tuple[str, str]  # (ok | warn | lacks, a sentence)
+
+
+def version(package: str) -> str | None:
+    """The installed version, without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def loads(library: str) -> bool:
+    """Whether the loader finds a library."""
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def software() -> Iterator[Fact]:
+    """Versions, and pairs that do not fit."""
+    yield "ok", f"Python {platform.python_version()}, {platform.machine()}, {platform.platform()}"
+    torch, npu = version("torch"), version("torch_npu")
+    yield "ok" if torch else "lacks", f"torch {torch or 'is not installed'}"
+    if npu is None:
+        yield "lacks", "torch_npu is not installed: pip install torch_npu in the version of torch"
+    elif torch and npu.split(".")[:2] != torch.split(".")[:2]:
+        yield "lacks", f"torch {torch} and torch_npu {npu} do not fit: the first two numbers must be equal"
+    elif torch and torch.rpartition(".")[0] not in PAIRS:
+        yield "warn", f"torch_npu {npu}: the converters were checked with {', '.join(PAIRS.values())}"
+    else:
+        yield "ok", f"torch_npu {npu}"
+
+
+def device() -> Iterator[Fact]:
+    """Driver, CANN and what it needs."""
+    cards = sorted(Path("/dev").glob("davinci[0-9]*"))
+    yield ("ok", f"{len(cards)} devices") if cards else ("lacks", "no NPU: there is no /dev/davinci*")
+    driver = DRIVER.read_text().splitlines()[0] if DRIVER.exists() else None
+    yield ("ok", f"driver: {driver}") if driver else ("lacks", f"no driver: there is no {DRIVER}")
+    home = next((os.environ[n] for n in CANN if n in os.environ), None)
+    yield ("ok", f"CANN at {home}") if home else ("lacks", f"no {CANN[0]}: source CANN's set_env.sh")
+    for library in ("libhccl.so", "libge_runner.so", "libascendcl.so"):
+        if not loads(library):
+            yield "lacks", f"{library} is not found: torch_npu would not load"
+    for tool, what in (("bisheng", "compiles the Ascend C kernels"), ("npu-smi", "shows the devices")):
+        yield ("ok", tool) if shutil.which(tool) else ("warn", f"no {tool}, which {what}")
+
+
+def surroundings() -> Iterator[Fact]:
+    """Settings of HCCL, NICs, room."""
+    for name, what in SETTINGS.items():
+        yield ("ok", f"{name}={os.environ[name]}") if name in os.environ else ("warn", f"{name} is not set ({what})")
+    nics = sorted(p.name for p in Path("/sys/class/net").glob("*") if p.name != "lo")
+    yield "ok" if nics else "warn", f"NICs: {', '.join(nics) or 'none'}"
+    free = shutil.disk_usage(".").free / 2**30
+    yield "ok" if free > ROOM else "warn", f"{free:.0f} GiB free here"
+
+
+def trial(name: str) -> Fact:
+    """A training step's loss and gradients on the NPU against the CPU."""
+    from mmfunc import example, jit, models, random, tree
+
+    family, c = models.get(name)
+    params, batch = tree.init(family.params(c), random.key(0)), example.batch(name, family, c, example.Sizes())
+    step = lambda p, b: jit.value_and_grad(example.loss(family, c))(p, b)
+    want = tree.flatten(step(params, batch))
+    got = tree.flatten(jit.jit(step, backend="npu")(*tree.map(lambda t: t.to("npu"), (params, batch))))
+    floor = 1e-4 * max(v.norm() for v in want.values())
+    off = max(((got[k].cpu() - v).norm() / v.norm().clamp(min=floor)).item() for k, v in want.items())
+    return ("ok" if off < 1e-3 else "lacks"), f"a training step of {name}: off by {off:.1e} at most"
+
+
+def trials() -> Iterator[Fact]:
+    """The step of each small model; what fails is told and the next one tried."""
+    for name in MODELS:
+        try:
+            yield trial(name)
+        except Exception:  # a report is to be sent back whatever happens
+            yield "lacks", f"a training step of {name}: {traceback.format_exc()}"
+
+
+def usable() -> bool:
+    """Whether torch_npu loads here, with CANN and not with stand-ins for it, and finds a device."""
+    if version("torch_npu") is None or not loads("libhccl.so") or not any(n in os.environ for n in CANN):
+        return False
+    import torch
+    import torch_npu  # noqa: F401
+
+    return torch.npu.is_available()
+
+
+def main(report: str | None = None) -> None:
+    """Print all facts, and write them to a file."""
+    facts = [*software(), *device(), *surroundings()]
+    proofs = "no step was run; what was shown without a device is in docs/ascend.md, make test-ascend shows it again"
+    facts += trials() if usable() else [("lacks", proofs)]
+    text = "\n".join(f"{mark:6}{said}" for mark, said in facts)
+    print(text)
+    if report:
+        Path(report).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])
