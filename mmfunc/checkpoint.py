@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def save(root: Path, step: int, state: Tree, meta: dict[str, Any], *, keep: int 
         sync(root)
     except OSError as e:
         if rank:
-            _tell(temporary, rank, {"error": str(e)})
+            with suppress(OSError):  # the first one has given up already
+                _tell(temporary, rank, {"error": str(e)})
         else:
             shutil.rmtree(temporary, ignore_errors=True)
         raise SaveError(f"the checkpoint of step {step} could not be written to {root}: {e}") from e
@@ -230,11 +232,12 @@ def _read(folder: Path, name: str, parts: list, piece: Piece, like: Tensor) -> T
 
 
 def _compare(folder: Path, found: dict[str, Any], like: dict[str, Tensor], pieces: dict[str, Piece]) -> None:
-    if found.keys() != like.keys():
-        gone, extra = sorted(like.keys() - found.keys()), sorted(found.keys() - like.keys())
+    names = set().union(*shard.everyone([*like]))  # a stage of a pipeline has some of them
+    if found.keys() != names:
+        gone, extra = sorted(names - found.keys()), sorted(found.keys() - names)
         raise ValueError(f"{folder} holds another state: it lacks {', '.join(gone[:3]) or 'nothing'}, has besides "
                          f"{', '.join(extra[:3]) or 'nothing'}; was it trained with other settings?")
-    for name, t in found.items():
+    for name, t in ((n, found[n]) for n in like):
         if (tuple(t["shape"]), t["dtype"]) != (pieces[name].shape, str(like[name].dtype)):
             raise ValueError(f"{name} is {t['dtype']} {tuple(t['shape'])} in {folder}, {like[name].dtype} "
                              f"{pieces[name].shape} in this run")

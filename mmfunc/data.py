@@ -5,6 +5,9 @@ declared sizes, so that every batch of a bucket runs the same graph, with pictur
 """
 
 import json
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,9 +182,21 @@ def stream(
     """(number, micro-batches, facts) for the numbers from start to stop; the same for any number of loader
     processes."""
     loader = DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
-                        prefetch_factor=4 if workers else None)
+                        prefetch_factor=4 if workers else None, worker_init_fn=_steady)
     for number, (micro, facts) in zip(range(start, stop), loader):
         yield number, micro, facts
+
+
+def _steady(worker: int) -> None:
+    """A loader process ends with the one that started it: what is sent to all processes of a job is not for it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Watch:

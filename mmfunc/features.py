@@ -6,7 +6,7 @@ once. index.json comes last: a folder without it is not finished, and writing go
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmfunc import shard
 from mmfunc.hub import sync
 from mmfunc.metrics import replace
 
@@ -72,6 +73,49 @@ def write_part(folder: Path, number: int, rows: Iterable[Row]) -> int:
     os.replace(temporary, file)
     replace(file.with_suffix(".jsonl"), "".join(json.dumps(r) + "\n" for r in said))
     return len(said)
+
+
+def begin(folder: Path, said: dict[str, Any]) -> int:
+    """How many parts of a folder are whole, which is begun, or was with what is said now."""
+    file = Path(folder) / "encoding.json"
+    if file.exists() and json.loads(file.read_text()) != said:
+        raise ValueError(f"{folder} was begun with {file.read_text()}, now it is {said}")
+    replace(file, json.dumps(said))
+    return done(folder)
+
+
+def write(folder: Path, source: "Online", parts: Sequence[int], size: int, each: Callable = map) -> int:
+    """Write parts of so many samples; how many samples could not be used. each: map, or what lets ranks take turns.
+
+    Samples that cannot be used are noted; more than a hundredth of all are a ValueError.
+    """
+    def encode(n: int) -> list[dict]:
+        bad: list[dict] = []
+        write_part(folder, n, _usable(source, range(n * size, min((n + 1) * size, len(source))), bad))
+        return bad
+
+    bad: list[dict] = []
+    for found in each(encode, parts):
+        bad += found
+        shard.alone(_note, Path(folder) / "bad_samples.jsonl", found)
+        if len(bad) > 0.01 * len(source):
+            raise ValueError(f"{len(bad)} of {len(source)} samples could not be used; see {folder}/bad_samples.jsonl. "
+                             f"The last: {bad[-1]['reason']}")
+    return len(bad)
+
+
+def _usable(source: "Online", which: range, bad: list[dict]) -> Iterator[Row]:
+    """Encoded samples; those that cannot be used are noted."""
+    for i in which:
+        try:
+            yield source.row(i)
+        except (ValueError, OSError) as e:
+            bad.append({"index": i, "reason": str(e)})
+
+
+def _note(file: Path, bad: list[dict]) -> None:
+    with file.open("a") as f:
+        f.writelines(json.dumps(b) + "\n" for b in bad)
 
 
 def finish(folder: Path, said: dict[str, Any], empty: dict[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfunc import jit, random
+from mmfunc import jit, random, shard
 from mmfunc.tree import Tree
 
 
@@ -61,7 +61,7 @@ def stepper(step: Callable, c: Any, *, mode: jit.Mode = "whole", backend: jit.Ba
     """(cache, p, batch) -> (cache, logits [B, V] of the last token); the cache is written in place."""
     def run(cache: Tree, p: Tree, batch: Tree) -> tuple[Tree, Tensor]:
         logits, new = step(p, c, batch, cache)
-        return new, logits[:, -1]
+        return new, shard.complete(logits[:, -1], "vocab")
 
     return jit.jit(run, mode, backend, donate=True, buckets=64)
 
@@ -84,7 +84,7 @@ def generate(family: Any, p: Tree, c: Any, batch: dict[str, Any], *, new: int, s
     place = (mask.cumsum(-1) - 1).clamp(min=0) if place is None else place
     x = family.embeds(p, c, batch)
     total = max(slots, size + new)
-    cache = family.cache(c, rows, total, x.dtype, x.device)
+    cache = shard.heads(family.cache(c, rows, total, x.dtype, x.device))
     seen = torch.nn.functional.pad(mask.long(), (0, total - size), value=1)
     call = call or stepper(family.step, c)
     for a in range(0, size, chunk or size):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib.util import find_spec
 from types import FunctionType
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ from mmfunc.signature import (
 __all__ = ["CompileError", "Jitted", "flags", "jit", "region", "remat", "value_and_grad"]
 
 Mode = Literal["whole", "split", "block"]
-Backend = Literal["inductor", "eager", "aot_eager"]
+Backend = Literal["inductor", "eager", "aot_eager", "npu"]
 
 
 OPTIONS = {  # of the backends
@@ -57,10 +58,12 @@ def flags():
     Determinism costs a scatter-add here and there (embedding gradients without atomics); without it three runs of one
     program gave three results on CPU. Filling uninitialised memory with NaN, which torch couples to it, would cost a
     pass over every new tensor. Autograd inside a graph is off by default in torch 2.13. The limits of recompilation
-    are wide because signatures are counted here, by name.
+    are wide because signatures are counted here, by name. On a mesh a block that a remat policy runs notes that it
+    runs and takes that back: an effect that leaves nothing, which torch would refuse.
     """
     was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    wanted = {"trace_autograd_ops": True, "recompile_limit": 256, "accumulated_recompile_limit": 4096}
+    wanted = {"trace_autograd_ops": True, "recompile_limit": 256, "accumulated_recompile_limit": 4096,
+              "skip_fwd_side_effects_in_bwd_under_checkpoint": True}
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without it
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -119,6 +122,10 @@ class Jitted:
             out = entry.call(signature(args)[1], args)
         except (exc.Unsupported, exc.UncapturedHigherOrderOpError, exc.FailOnRecompileLimitHit) as e:
             raise CompileError(f"{_name(self.fn)} cannot be compiled as one graph: {_reason(e)}") from e
+        except exc.BackendCompilerFailed as e:
+            if not isinstance(e.inner_exception, ValueError):
+                raise
+            raise CompileError(f"{_name(self.fn)} cannot run on this device: {e.inner_exception}") from e
         new = {k: v - was.get(k, 0) for k, v in counters["inductor"].items()}
         entry.cached = new.get("fxgraph_cache_hit", 0) > 0 == new.get("fxgraph_cache_miss", 0)
         entry.seconds = time.perf_counter() - start
@@ -160,7 +167,8 @@ class Jitted:
         # compiled code is found by code object: each call of torch.compile gets one of its own
         fn = FunctionType(fn.__code__.replace(), fn.__globals__, name, None, fn.__closure__)
         options = OPTIONS.get(self.backend, {}) | ({"guard_filter_fn": guards} if guards else {})
-        return torch.compile(fn, fullgraph=True, dynamic=False, backend=self.backend, options=options)
+        backend = _npu() if self.backend == "npu" else self.backend
+        return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend, options=options)
 
     def _ambient(self) -> Any:
         if self.mode == "block":
@@ -243,9 +251,20 @@ def jit(fn: Callable, mode: Mode = "whole", backend: Backend = "inductor", *, do
     """
     for name, value, known in (("mode", mode, Mode), ("backend", backend, Backend), ("remat policy", remat, Policy)):
         if value not in known.__args__ and (name, value) != ("remat policy", None):
-            later = "; the npu backend comes with the Ascend lowering" if value == "npu" else ""
-            raise ValueError(f"jit has no {name} {value!r}; it has {', '.join(known.__args__)}{later}")
+            raise ValueError(f"jit has no {name} {value!r}; it has {', '.join(known.__args__)}")
+    if backend == "npu" and remat not in (None, "everything"):
+        raise ValueError(f"the backend 'npu' keeps all that a backward pass reads; remat {remat!r} is for others")
     return Jitted(fn, mode, backend, donate, buckets if isinstance(buckets, int) else list(buckets), remat)
+
+
+def _npu() -> Callable:
+    """The backend for Ascend NPUs."""
+    if find_spec("torch_npu") is None:
+        raise ValueError("the backend 'npu' needs torch_npu, and CANN on a device; elsewhere programs/lower.py shows "
+                         "what it would compile")
+    from mmfunc.kernels.ge.backend import backend
+
+    return backend()
 
 
 def _distinct(tensors: list[Tensor]) -> list[Tensor]:

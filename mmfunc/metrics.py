@@ -23,6 +23,8 @@ import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from mmfunc import shard
+
 TIMERS = ("data_wait", "compute", "checkpoint")  # the parts of a step that a loop may time
 PEAKS = {  # dense bf16 FLOP/s by a part of the device's name; the first that fits counts
     "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
@@ -159,7 +161,7 @@ class Log:
             replace(self.folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
         if again and resume:
             self.event("restart", step=resume)
-        self.step, self.last, self.bar = resume, time.perf_counter(), _bar(steps, resume)
+        self.step, self.last, self.bar = resume, time.perf_counter(), None if shard.rank()[0] else _bar(steps, resume)
 
     def __enter__(self) -> "Log":
         if self.bar:
@@ -209,7 +211,9 @@ class Log:
         return row
 
     def show(self, row: dict) -> None:
-        """The bar's new state, or a plain line at the first, the last and each `every`-th step."""
+        """The bar's new state, or a plain line at the first, the last and each `every`-th step; of the first rank."""
+        if shard.rank()[0]:
+            return
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=row["step"], facts=facts(row))
         elif row["step"] % self.every == 0 or row["step"] in (1, self.steps) or row["skipped"]:

@@ -166,12 +166,11 @@ def init(tx: Transform, params: Tree, frozen: Tree = None, *, fp16: bool = False
     flat = tree.flatten(params)
     for rule in tx.rules:
         if not any(_matches(rule, n, p) for n, p in flat.items()):
-            raise ValueError(
-                f"the rule {rule!r} matches none of the {len(flat)} trained parameters, "
-                f"such as {', '.join([*flat][:3])}"
-            )
+            raise ValueError(f"the rule {rule!r} matches none of the {len(flat)} trained parameters, such as "
+                             f"{', '.join([*flat][:3])}")
     device = next(iter(flat.values())).device
-    flat = shard.mine(flat)
+    params, frozen = shard.held(params), shard.held(frozen)
+    flat = shard.mine(tree.flatten(params))
     count = lambda: torch.zeros((), dtype=torch.int64, device=device)
     state = {
         "params": params,
@@ -196,11 +195,15 @@ def averaged(state: Tree) -> Tree:
     for name in tree.flatten(state["params"]):
         found = [v for k, v in tree.flatten(tree.at(state["opt"], name)).items() if k.split(".")[-1] == "ema"]
         if not found:
-            raise ValueError(
-                f"the optimizer keeps no running mean of {name}; put optim.ema(rate) at the end of the chain"
-            )
+            raise ValueError(f"the optimizer keeps no running mean of {name}; put optim.ema(rate) at the end of the "
+                             "chain")
         flat[name] = found[0]
     return tree.unflatten(shard.stored(flat), state["params"])
+
+
+def ready(params: Tree, compute: torch.dtype | None) -> Tree:
+    """Parameters as the loss reads them: cast, and gathered where ranks have parts."""
+    return shard.ready(tree.map(lambda t: t.to(compute) if compute and t.is_floating_point() else t, params))
 
 
 def step(
@@ -212,10 +215,9 @@ def step(
     their own dtype. With float16 in the state (fp16=True) the loss is scaled; an overflow halves the scale.
     """
     factor = state["scale"]["value"] if "scale" in state else None
-    cast = lambda t: t.to(compute) if compute and t.is_floating_point() else t
 
     def value(params: Tree, batch: Any) -> tuple[Tensor, Tensor]:
-        out = shard.share(loss(shard.ready(tree.map(cast, tree.merge(params, state["frozen"]))), batch))
+        out = shard.share(loss(ready(tree.merge(params, state["frozen"]), compute), batch))
         return (out if factor is None else out * factor), out
 
     (_, out), grads = value_and_grad(value, has_aux=True)(state["params"], shard.counted(batch))

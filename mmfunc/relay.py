@@ -1,76 +1,36 @@
 """Pipeline parallelism: ranks that hold stages of a loss go through micro-batches by a table of actions.
 
-The same code runs all ranks in one process (for tests: exact) and one rank of a process group.
+The ranks are those along the mesh's axis pp, each with its parts of a stage along the other axes; or, without that
+axis, all of them are in one process (for tests: exact).
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
-from mmfunc import jit, stages, tree
+from mmfunc import jit, optim, shard, stages, tree
 from mmfunc.shard import schedule
 from mmfunc.shard.schedule import Action
+from mmfunc.shard.transfer import Between, Here, exchanged
 from mmfunc.signature import signature
 from mmfunc.tree import Tree
 
 
-@dataclass
-class Here:
-    """Transfers within one process."""
+@dataclass(frozen=True)
+class Plan:
+    """How a loss is cut into stages, and in which order they work."""
 
-    boxes: dict[Action, list[Tensor]] = field(default_factory=dict)
-
-    def send(self, a: Action, tensors: list[Tensor], to: int) -> None:
-        self.boxes[schedule.peer(a)] = tensors
-
-    def expect(self, a: Action, like: list[Tensor], source: int) -> None:
-        pass
-
-    def take(self, a: Action) -> list[Tensor] | None:
-        return self.boxes.pop(a, None)
-
-    def close(self) -> None:
-        pass
-
-
-@dataclass
-class Between:
-    """Transfers between the ranks of a process group; none of them waits before its tensors are needed."""
-
-    group: Any
-    sent: list[tuple] = field(default_factory=list)
-    coming: dict[Action, tuple] = field(default_factory=dict)
-
-    def start(self, op: Callable, tensors: list[Tensor], other: int) -> list:
-        ops = [dist.P2POp(op, t, group=self.group, group_peer=other) for t in tensors]
-        return dist.batch_isend_irecv(ops) if ops else []
-
-    def send(self, a: Action, tensors: list[Tensor], to: int) -> None:
-        self.sent = [s for s in self.sent if not all(w.is_completed() for w in s[0])]
-        self.sent.append((self.start(dist.isend, tensors, to), tensors))
-
-    def expect(self, a: Action, like: list[Tensor], source: int) -> None:
-        tensors = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
-        self.coming[a] = self.start(dist.irecv, tensors, source), tensors
-
-    def take(self, a: Action) -> list[Tensor]:
-        works, tensors = self.coming.pop(a)
-        for w in works:
-            w.wait()
-        return tensors
-
-    def close(self) -> None:
-        for works, _ in self.sent:
-            for w in works:
-                w.wait()
+    schedule: Literal["gpipe", "1f1b", "zero-bubble"] = "1f1b"
+    virtual: int = 1  # stages on a rank: 1f1b interleaves them, of zero-bubble two lie on the ranks in a V
+    sizes: tuple[int, ...] = ()  # how many of embed, layers and head each stage gets; none: balanced by FLOPs
+    recompute: bool = False  # keep of a micro-batch what flows into a stage only, and run the forward again
 
 
 @dataclass
@@ -82,47 +42,34 @@ class Pipeline:
     trained: set[str]
     batch: Tree  # abstract
     ranks: int
-    name: str  # of the schedule
-    virtual: int
-    sizes: list[int] | None
+    plan: Plan
     backend: jit.Backend
-    recompute: bool
     remat: jit.Policy | None
-    group: Any
     traced: dict[Any, list[stages.Part]] = field(default_factory=dict)  # by signature of the batch
     made: dict[Any, stages.Stage] = field(default_factory=dict)  # by signature of the batch and number
     tables: dict[int, schedule.Table] = field(default_factory=dict)  # by number of micro-batches
     peak: dict[int, int] = field(default_factory=dict)  # of the last call: by rank, activations held at once
 
     def __post_init__(self):
-        self.place = schedule.places(self.name, self.ranks, self.virtual)
-        parts, known = self.parts(self.batch), stages.names(self.loss, self.params, self.batch)
-        if self.sizes is None:
-            self.sizes = stages.balance([p.flops for p in parts], len(self.place))
-        if len(self.sizes) != len(self.place) or sum(self.sizes) != len(parts) or min(self.sizes) < 1:
-            raise ValueError(f"the stages {self.sizes} must be {len(self.place)} numbers above 0 that add up to the "
-                             f"{len(parts)} parts of this model: {', '.join(known)}")
-        self.ends = [0, *accumulate(self.sizes)]
-        spans = [parts[a:b] for a, b in zip(self.ends, self.ends[1:])]
-        self.flops = [1 + sum(p.flops for p in span) for span in spans]
-        reads = [set().union(*(p.reads for p in span)) for span in spans]
-        reads[0] |= tree.flatten(self.params).keys() - set().union(*reads)  # what nothing reads is somewhere too
-        self.holds = [set().union(*(n for n, home in zip(reads, self.place) if home == r)) for r in range(self.ranks)]
+        self.place = schedule.places(self.plan.schedule, self.ranks, self.plan.virtual)
+        known = stages.names(self.loss, self.params, self.batch)
+        # ranks with other samples may have traced other shapes: all keep to what the first one found
+        flops, reads = shard.everyone(tuple(zip(*((p.flops, p.reads) for p in self.parts(self.batch)))))[0]
+        sizes = self.plan.sizes or stages.balance(flops, len(self.place))
+        if len(sizes) != len(self.place) or sum(sizes) != len(flops) or min(sizes) < 1:
+            raise ValueError(f"the stages {list(sizes)} must be {len(self.place)} numbers above 0 that add up to the "
+                             f"{len(flops)} parts of this model: {', '.join(known)}")
+        self.ends = [0, *accumulate(sizes)]
+        spans = [slice(*ends) for ends in zip(self.ends, self.ends[1:])]
+        self.flops = [1 + sum(flops[span]) for span in spans]
+        found = [set().union(*reads[span]) for span in spans]
+        found[0] |= tree.flatten(self.params).keys() - set().union(*found)  # what nothing reads is somewhere too
+        self.holds = [set().union(*(n for n, home in zip(found, self.place) if home == r)) for r in range(self.ranks)]
 
     @cached_property
-    def shared(self) -> dict[str, list[int]]:
-        """Trained parameters that several ranks hold, such as an embedding that is the head too, and these ranks."""
-        held = {n: [r for r, names in enumerate(self.holds) if n in names] for n in sorted(self.trained)}
-        return {n: ranks for n, ranks in held.items() if len(ranks) > 1}
-
-    def part(self, params: Tree, rank: int) -> Tree:
-        """What a rank holds of a tree of parameters; None elsewhere."""
-        flat = tree.flatten(params)
-        return tree.unflatten({n: t for n, t in flat.items() if n in self.holds[rank]}, params)
-
-    def first(self, rank: int) -> set[str]:
-        """What a rank holds and no rank before it: what it counts in norms and writes to checkpoints."""
-        return self.holds[rank] - set().union(*self.holds[:rank])
+    def holders(self) -> dict[str, tuple[int, ...]]:
+        """The ranks that hold each parameter: several hold an embedding that is the head too."""
+        return {n: tuple(r for r, names in enumerate(self.holds) if n in names) for n in tree.flatten(self.params)}
 
     def parts(self, batch: Tree) -> list[stages.Part]:
         """The traced parts of a batch of this signature."""
@@ -135,7 +82,7 @@ class Pipeline:
         """The functions of a stage for a batch of this signature."""
         key = signature(batch)[0], s
         if key not in self.made:
-            how = stages.How(self.compiled, self.name == "zero-bubble", self.recompute, self.remat)
+            how = stages.How(self.compiled, self.plan.schedule == "zero-bubble", self.plan.recompute, self.remat)
             self.made[key] = stages.stage(self.loss, self.params, _abstract(batch), self.parts(batch), self.ends[s],
                                           self.ends[s + 1], self.trained, how)
         return self.made[key]
@@ -149,55 +96,42 @@ class Pipeline:
     def table(self, micro: int) -> schedule.Table:
         """The table of actions for a number of micro-batches, made for the FLOPs of these stages."""
         if micro not in self.tables:
-            self.tables[micro] = schedule.build(self.name, self.ranks, micro, self.virtual, self.cost)
+            self.tables[micro] = schedule.build(self.plan.schedule, self.ranks, micro, self.plan.virtual, self.cost)
         return self.tables[micro]
 
     def cost(self, a: Action) -> float:
         """How long an action takes: 1 for a forward of the mean stage."""
         return schedule.unit(a) * self.flops[a.stage] * len(self.flops) / sum(self.flops)
 
-    def __call__(self, params: Tree, frozen: Tree, batches: list[Tree]) -> tuple[Tensor, Tree]:
-        """(loss of each micro-batch [M], the sum of their gradients in float32, like params)."""
-        ranks = range(self.ranks) if self.group is None else [dist.get_rank(self.group)]
-        link = Here() if self.group is None else Between(self.group)
-        runs = [_Run(self, r, link, tree.flatten(tree.merge(params, frozen)), batches) for r in ranks]
+    def __call__(self, params: Tree, frozen: Tree, batches: list[Tree], slope: Tensor | float = 1.0
+                 ) -> tuple[Tensor, Tree]:
+        """(loss of each micro-batch [M], 0 on ranks without the last stage; slope times the sum of their gradients, in
+        float32, like params)."""
+        rank, group = shard.staged()
+        link = Between(group) if group else Here()
+        flat = tree.flatten(tree.merge(params, frozen))
+        runs = [_Run(self, r, link, flat, batches, slope) for r in ([rank] if group else range(self.ranks))]
         working = [run.go() for run in runs]
         while working:
             working = [w for w in working if next(w, self) is None]
         link.close()
         self.peak = {run.rank: run.peak for run in runs}
         losses = {m: v for run in runs for m, v in run.losses.items()}
-        device = tree.leaves(params)[0].device
-        value = torch.stack([losses.get(m, torch.zeros((), device=device)) for m in range(len(batches))])
-        if self.group is not None:
-            dist.broadcast(value, group=self.group, group_src=self.place[-1])
+        zero = torch.zeros((), device=next(t.device for t in tree.leaves(batches[0]) if isinstance(t, Tensor)))
+        value = torch.stack([losses.get(m, zero) for m in range(len(batches))])
         return value, tree.unflatten(self.summed({run.rank: run.grads for run in runs}, params), params)
 
     def summed(self, grads: dict[int, dict[str, Tensor]], params: Tree) -> dict[str, Tensor]:
         """Gradients by name; of what several ranks hold, the sum over them, in the order of ranks: the same bits."""
         flat = {n: t for n, t in tree.flatten(params).items() if n in self.trained}
         zero = lambda n: torch.zeros_like(flat[n], dtype=torch.float32)
-        if self.group is not None:
-            (rank, own), = grads.items()
-            grads = {rank: own} | _exchanged(self.group, rank, {
-                n: (own.get(n, zero(n)), ranks) for n, ranks in self.shared.items() if rank in ranks})
+        rank, group = shard.staged()
+        if group:
+            own = grads[rank]
+            shared = {n: self.holders[n] for n in sorted(flat) if len(self.holders[n]) > 1}
+            grads |= exchanged(group, rank, {n: (own.get(n, zero(n)), ranks) for n, ranks in shared.items()})
         parts = {n: [grads[r][n] for r in sorted(grads) if n in grads[r]] for n in flat}
         return {n: sum(found[1:], found[0]) if found else zero(n) for n, found in parts.items()}
-
-
-def _exchanged(group: Any, rank: int, shared: dict[str, tuple[Tensor, list[int]]]) -> dict[int, dict[str, Tensor]]:
-    """By rank, the others' gradients of what is shared with them."""
-    found: dict[int, dict[str, Tensor]] = {}
-    ops = []
-    for n, (own, ranks) in shared.items():
-        for other in [r for r in ranks if r != rank]:
-            buffer = found.setdefault(other, {})[n] = torch.empty_like(own)
-            pair = [dist.P2POp(dist.isend, own, group=group, group_peer=other),
-                    dist.P2POp(dist.irecv, buffer, group=group, group_peer=other)]
-            ops += pair if rank < other else pair[::-1]
-    for w in dist.batch_isend_irecv(ops) if ops else []:
-        w.wait()
-    return found
 
 
 @dataclass
@@ -209,6 +143,7 @@ class _Run:
     link: Here | Between
     params: dict[str, Tensor]
     batches: list[Tree]
+    slope: Tensor | float
     kept: dict[tuple[int, int], dict] = field(default_factory=dict)  # of each stage and micro-batch that is under way
     box: dict[Action, list[Tensor]] = field(default_factory=dict)  # on their way to another stage
     losses: dict[int, Tensor] = field(default_factory=dict)
@@ -247,7 +182,7 @@ class _Run:
         if a.kind == "weight" or (forth and a.stage == 0):
             return {}
         if not forth and a.stage == len(self.pipe.place) - 1:
-            return {(3, "loss"): torch.ones_like(self.losses[a.micro])}
+            return {(3, "loss"): torch.ones_like(self.losses[a.micro]) * self.slope}
         key, (place, names) = Action(a.stage, "receive" if forth else "receive_back", a.micro), \
             (1, stage.come.live) if forth else (3, stage.go.back)
         other = self.pipe.place[schedule.peer(key).stage]
@@ -272,21 +207,73 @@ class _Run:
 
 def _abstract(t: Tree, device: torch.device | None = None) -> Tree:
     """Tensors that have a shape only."""
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         fake = lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device or x.device)
         return tree.map(lambda x: fake(x) if isinstance(x, Tensor) else x, t)
 
 
-def pipeline(loss: stages.Loss, params: Tree, frozen: Tree, batch: Tree, ranks: int, *, name: str = "1f1b",
-             virtual: int = 1, sizes: list[int] | None = None, backend: jit.Backend = "inductor",
-             recompute: bool = False, remat: jit.Policy | None = None, group: Any = None) -> Pipeline:
-    """Cut loss(parameters, batch) into stages on `ranks` ranks, `virtual` on each; nothing is run.
+def pipeline(loss: stages.Loss, params: Tree, frozen: Tree, batch: Tree, ranks: int, plan: Plan = Plan(), *,
+             backend: jit.Backend = "inductor", remat: jit.Policy | None = None) -> Pipeline:
+    """Cut loss(parameters, batch) into stages on `ranks` ranks; nothing is run. On a mesh the loss is a rank's share.
 
-    params (trained), frozen and batch (a micro-batch) are read for their shapes only. name: of the schedule. sizes: how
-    many of stages.names() each stage gets; None: balanced by FLOPs. recompute: keep of a micro-batch what flows into a
-    stage only. group: the process group of these ranks; None: all of them are here.
+    params (trained), frozen and batch (a micro-batch) are read for their shapes only. remat: what each block keeps.
     """
     device = next(t.device for t in tree.leaves(batch) if isinstance(t, Tensor))
     whole = _abstract(tree.merge(params, frozen), device)
-    return Pipeline(loss, whole, {*tree.flatten(params)}, _abstract(batch), ranks, name, virtual, sizes, backend,
-                    recompute, remat, group)
+    pipe = Pipeline(loss, whole, {*tree.flatten(params)}, _abstract(batch), ranks, plan, backend, remat)
+    shard.hold(pipe.holders, ranks)
+    return pipe
+
+
+def check(ranks: int, plan: Plan, mode: jit.Mode) -> None:
+    """Whether a program's flags go together."""
+    if ranks == 1 and plan != Plan():
+        raise ValueError(f"{plan} says how a model is cut into stages, but the mesh has pp 1, which is no cut")
+    if ranks > 1 and mode != "whole":
+        raise ValueError(f"with pp {ranks} each stage is compiled as graphs of its own: there is no mode {mode!r} of "
+                         "that, only 'whole'")
+
+
+@dataclass
+class Step:
+    """A training step in stages; see training()."""
+
+    pipe: Pipeline
+    tx: optim.Transform
+    compute: torch.dtype | None
+
+    @cached_property
+    def update(self) -> jit.Jitted:
+        """What follows the pipeline."""
+        return jit.jit(partial(_update, self.tx), "whole", self.pipe.backend, donate=True)
+
+    def __call__(self, state: Tree, batches: list[Tree]) -> tuple[Tree, Tree]:
+        """(state, micro-batches of an update) -> (new state, report); the state is updated in place."""
+        given = [optim.ready(state[k], self.compute) for k in ("params", "frozen")]
+        value, grads = self.pipe(*given, batches, state["scale"]["value"] if "scale" in state else 1.0)
+        return self.update(state, grads, value.sum())
+
+    def stats(self) -> list[dict]:
+        """Of all that was compiled, as of a jitted function."""
+        pieces = [p.call for s in self.pipe.made.values() for p in s.pieces.values()]
+        return [entry for call in (*pieces, self.update) for entry in call.stats()]
+
+
+def _update(tx: optim.Transform, state: Tree, grads: Tree, value: Tensor) -> tuple[Tree, Tree]:
+    grads = shard.unready(grads)
+    if "scale" in state:
+        grads = tree.map(lambda g: g / state["scale"]["value"], grads)
+    state = state | {"step": state["step"] + (tx.every - 1)}  # all calls of an update in one
+    return optim.apply(tx, grads, state, shard.total(value))
+
+
+def training(loss: stages.Loss, tx: optim.Transform, trained: Tree, frozen: Tree, batch: Tree, ranks: int,
+             plan: Plan = Plan(), *, compute: torch.dtype | None = None, backend: jit.Backend = "inductor",
+             remat: jit.Policy | None = None) -> Step:
+    """optim.step in stages, for all micro-batches of an update; from now on ranks have their stages' parameters.
+
+    trained, frozen: all parameters, as the mesh stores them. The state is the one that optim.init gives after this.
+    """
+    share = lambda p, b: shard.share(loss(p, shard.counted(b)))
+    given = [optim.ready(_abstract(p), compute) for p in (trained, frozen)]
+    return Step(pipeline(share, *given, batch, ranks, plan, backend=backend, remat=remat), tx, compute)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfunc import gallery, media, pipeline, random, recipes, tree
+from mmfunc import gallery, media, pipeline, random, recipes, shard, tree
 from mmfunc.pipeline import Pipeline
 
 INPUTS = "image", "video"
@@ -126,22 +126,29 @@ def _reference(pipe: Pipeline, path: str, t: dict[str, Any]) -> Tensor:
 
 
 def show(folder: Path, pipe: Pipeline, tasks: Sequence[dict], *, step: int = 0, said: dict | None = None,
-         plans: dict | None = None, tell: Callable[[int, dict], None] | None = None, strict: bool = False
-         ) -> list[dict]:
+         plans: dict | None = None, tell: Callable[[int, dict], None] | None = None, strict: bool = False,
+         each: Callable = map) -> list[dict]:
     """Make all tasks, write their files below a folder, and add their rows to its gallery.jsonl.
 
     step: of training, which names the files too. said: what every file says besides its task. tell gets (which, row).
-    Prompts that are too long are cut with one warning for all, or refused when strict.
+    Prompts that are too long are cut with one warning for all, or refused when strict. each: map, or what lets ranks
+    take turns.
     """
     folder, rows, plans = Path(folder), [], {} if plans is None else plans
     pipeline.check(pipe, list({t["prompt"]: None for t in tasks}), strict=strict)
-    for i, (t, name) in enumerate(zip(tasks, gallery.names([t["prompt"] for t in tasks]))):
+
+    def one(item: tuple[dict, str]) -> dict:
+        t, name = item
         stem = folder / f"step-{step:06d}" / name if step else folder / name
         file = gallery.save(stem, make(pipe, t, plans, strict=None), t | (said or {}), t.get("fps", 16))
-        row = {"step": step, "prompt": t["prompt"], "seed": t["seed"], "file": str(file.relative_to(folder))}
+        return {"step": step, "prompt": t["prompt"], "seed": t["seed"], "file": str(file.relative_to(folder))}
+
+    for i, row in enumerate(each(one, list(zip(tasks, gallery.names([t["prompt"] for t in tasks]))))):
+        rows.append(row)
+        if shard.rank()[0]:
+            continue
         with (folder / "gallery.jsonl").open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")
-        rows.append(row)
         if tell:
             tell(i, row)
     return rows

@@ -5,18 +5,18 @@ flows on. A rank holds the parameters that its stages read. The graph of a stage
 what: what the forward computes, what the gradient of its input needs, what only the gradients of parameters need.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from operator import getitem
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
 
 from mmfunc import jit, lower, tree
 from mmfunc.nn import chain
+from mmfunc.shard.cutting import Piece, cut, needed
 from mmfunc.signature import named
 from mmfunc.tree import Tree
 
@@ -96,17 +96,6 @@ class Flow:
 NOTHING = Flow({}, {}, {}, {}, set())  # flows into the first stage
 
 
-def needed(ends: list[Node]) -> set[Node]:
-    """Nodes of a graph, and all that they are made of."""
-    found, todo = set(), list(ends)
-    while todo:
-        n = todo.pop()
-        if n not in found:
-            found.add(n)
-            todo += n.all_input_nodes
-    return found
-
-
 def live(t: Tensor, wanted: bool) -> Tensor:
     """A tensor of its own, that requires grad or does not."""
     return t.detach().requires_grad_() if wanted else t
@@ -183,47 +172,6 @@ def balance(costs: list[float], count: int) -> list[int]:
 
 
 # ---- the graphs of a stage
-
-@dataclass
-class Piece:
-    """Some of the nodes of a graph as a function of a list of tensors."""
-
-    call: Callable
-    needs: list[Any]  # (0, parameter), (1, what flows in), (2, of the batch), (3, gradient of what flows out), a Node
-    gives: list[Any]  # ("out", what flows out), ("in", gradient), ("params", gradient), or a Node for a later piece
-
-
-def cut(graph: GraphModule, inputs: dict[Node, tuple], results: list[dict], early: set[Node]) -> list[Piece]:
-    """A graph as one function for each dict of results. Each computes what it gives and none before it did, the first
-    also the nodes of early; what later ones read of that, it gives besides."""
-    wanted = [list(r.values()) for r in results]
-    owner = dict.fromkeys(early & needed(sum(wanted, [])), 0)
-    for k, ends in enumerate(wanted):
-        owner = dict.fromkeys(needed(ends), k) | owner
-    nodes = [n for n in graph.graph.nodes if n in owner and n not in inputs]
-    for n in nodes:
-        if n.target is getitem:  # tuples do not go from one piece to another
-            owner[n] = owner[n.args[0]]
-    pieces = []
-    for k, ends in enumerate(wanted):
-        own = dict.fromkeys(n for n in nodes if owner[n] == k or n.op == "get_attr")
-        later = {n for m in nodes if owner[m] > k for n in m.all_input_nodes}.union(*wanted[k + 1 :])
-        saved = [n for n in own if n in later and n.op != "get_attr"]
-        needs = [n for n in dict.fromkeys([m for n in own for m in n.all_input_nodes] + ends) if n not in own]
-        pieces.append(Piece(_function(graph, own, needs, ends + saved), [inputs.get(n, n) for n in needs],
-                            [*results[k], *saved]))
-    return pieces
-
-
-def _function(graph: GraphModule, own: Iterable[Node], needs: list[Node], gives: list[Node]) -> GraphModule:
-    new = Graph()
-    env = {n: new.placeholder(n.name) for n in needs}
-    for n in own:
-        env[n] = new.node_copy(n, env.__getitem__)
-        env[n].meta = {}  # marks of passes that have been done
-    new.output([env[n] for n in gives])
-    return GraphModule(graph, new)
-
 
 def _early(node: Node) -> bool:
     """Whether a node was recorded before the backward pass."""

@@ -3,19 +3,17 @@
     python programs/encode.py --model Wan2.1-T2V-1.3B-Diffusers/ --data clips/ --out features/ --clips.sizes 81x480x832
 
 Training reads the folder in place of the records, with the same numbers, and without the encoders' weights. The same
-command again goes on behind the last whole part.
+command again goes on behind the last whole part. Ranks that torchrun or Slurm starts take parts in turn.
 """
 
-import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 from rich.progress import track
 
-from mmfunc import features, records
+from mmfunc import features, records, shard
 from mmfunc.tasks import pictures
 
 
@@ -29,35 +27,18 @@ class Args:
     clips: pictures.Clips = field(default_factory=pictures.Clips)  # sizes and frame rate
 
 
-def usable(source: features.Online, which: range, bad: list[dict]) -> Iterator[tuple]:
-    """Encoded samples; those that cannot be used are noted."""
-    for i in which:
-        try:
-            yield source.row(i)
-        except (ValueError, OSError) as e:
-            bad.append({"index": i, "reason": str(e)})
-
-
 def main(a: Args) -> None:
-    said = pictures.made(a.model, a.clips)
-    a.out.mkdir(parents=True, exist_ok=True)
-    begun = a.out / "encoding.json"
-    if begun.exists() and json.loads(begun.read_text()) != said | {"part": a.part}:
-        raise ValueError(f"{a.out} was begun with {begun.read_text()}, now it is {said | {'part': a.part}}")
-    begun.write_text(json.dumps(said | {"part": a.part}))
-    source = pictures.online(a.model, records.open(a.data, a.media), a.clips)
-    bad: list[dict] = []
-    parts = range(features.done(a.out), -(-len(source) // a.part))
-    for n in track(parts, "encoding", disable=not sys.stdout.isatty()):
-        at = len(bad)
-        features.write_part(a.out, n, usable(source, range(n * a.part, min((n + 1) * a.part, len(source))), bad))
-        with (a.out / "bad_samples.jsonl").open("a") as f:
-            f.writelines(json.dumps(b) + "\n" for b in bad[at:])
-        if len(bad) > 0.01 * len(source):
-            raise ValueError(f"{len(bad)} of {len(source)} samples could not be used; see {a.out}/bad_samples.jsonl. "
-                             f"The last: {bad[-1]['reason']}")
-    features.finish(a.out, said | {"model": str(a.model)}, source.empty())
-    print(f"{a.out}: {len(features.Ahead(a.out))} samples in {features.done(a.out)} parts, {len(bad)} left out")
+    with shard.world(flags=a, files=["model", "data"], out=a.out) as job:
+        said = pictures.made(a.model, a.clips)
+        done = job.once(features.begin, a.out, said | {"part": a.part})
+        with shard.use(None):
+            source = pictures.online(a.model, records.open(a.data, a.media), a.clips)
+        parts = range(done, -(-len(source) // a.part))
+        turns = lambda fn, parts: track(job.each(fn, parts), "encoding", len(parts), disable=not sys.stdout.isatty())
+        bad = features.write(a.out, source, parts, a.part, turns)
+        shard.alone(lambda: features.finish(a.out, said | {"model": str(a.model)}, source.empty()))
+        if not job.rank:
+            print(f"{a.out}: {len(features.Ahead(a.out))} samples in {features.done(a.out)} parts, {bad} left out")
 
 
 if __name__ == "__main__":

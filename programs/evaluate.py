@@ -3,7 +3,8 @@
     python programs/evaluate.py --model runs/sft/export --data questions.jsonl --out runs/sft/evaluation --metric anls
 
 Questions are records (messages whose last turn is the truth, or question and answer(s), options, kind). Writes
-rows.jsonl, a row a question, results.json and report.html; OUT may be the folder of the run.
+rows.jsonl, a row a question, results.json and report.html; OUT may be the folder of the run. Ranks that torchrun or
+Slurm starts take batches in turn.
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 import tyro
 
-from mmfunc import answer, records, report, score
+from mmfunc import answer, records, report, score, shard
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,25 @@ class Args:
 
 
 def main(a: Args) -> None:
+    with shard.world(flags=a, files=["model", "data"], out=a.out) as job:
+        rows = answered(a, job)
+        shard.alone(write, a, rows)
+
+
+def answered(a: Args, job: shard.Job) -> list[dict]:
+    """A row for each question."""
     m = answer.load(
         a.model, adapter=a.adapter, dtype=torch.bfloat16 if a.dtype == "bf16" else torch.float32, backend=a.backend
     )
     asked = records.open(a.data, a.media)
     which = range(len(asked))[: a.limit or None]
-    rows = answer.examine(m, asked, which, metric=a.metric, new=a.new, batch=a.batch)
+    examine = lambda some: answer.examine(m, asked, some, metric=a.metric, new=a.new, batch=a.batch)
+    batches = [which[i : i + a.batch] for i in range(0, len(which), a.batch)]
+    return [row for rows in job.each(examine, batches) for row in rows]
+
+
+def write(a: Args, rows: list[dict]) -> None:
+    """Rows and results as files."""
     a.out.mkdir(parents=True, exist_ok=True)
     (a.out / "rows.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     results = {"model": str(a.model), "data": str(a.data), "metric": a.metric, **score.table(rows)}
@@ -52,4 +66,5 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (ValueError, FileNotFoundError) as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(3)

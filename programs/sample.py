@@ -7,7 +7,7 @@
 
 Files are named as VBench reads them. Each says how it was made: --again makes it anew, with the same bits on the same
 machine. --out has gallery.jsonl and report.html too. In a prompts file a line is a prompt or, in a .jsonl, an object
-with prompt and, if they differ, negative, seed, image (a list), video.
+with prompt and, if they differ, negative, seed, image (a list), video. Ranks that torchrun or Slurm starts take turns.
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 import tyro
 
-from mmfunc import gallery, metrics, pipeline, render, report
+from mmfunc import gallery, metrics, pipeline, render, report, shard
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ def tasks(a: Args, pipe: pipeline.Pipeline) -> list[dict]:
 
 
 def main(a: Args) -> None:
+    with shard.world(device=a.device, flags=a, files=["model", "prompts"], out=a.out) as job:
+        run(a, job)
+
+
+def run(a: Args, job: shard.Job) -> None:
     kept = gallery.said(a.again) if a.again else {}
     if not a.again and a.model is None:
         raise ValueError("give a --model, or a file to make --again")
@@ -97,12 +102,13 @@ def main(a: Args) -> None:
               f"ETA {spent / (i + 1) * (len(todo) - i - 1):.0f} s", flush=True)
 
     render.show(a.out, pipe, todo, said=source | {"versions": metrics.versions()}, tell=tell,
-                strict=a.strict)
-    print(report.write(a.out))
+                strict=a.strict, each=job.each)
+    shard.alone(lambda: print(report.write(a.out)))
 
 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except (ValueError, FileNotFoundError) as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(3)

@@ -2,14 +2,13 @@
 
     python programs/train.py --model Qwen2.5-VL-7B/ --data sft.jsonl --out runs/sft --train '^blocks' --lr 1e-5
     python programs/train.py --model Qwen2.5-VL-7B/ --data sft.jsonl --out runs/lora --lora.rank 16
-    torchrun --nproc-per-node 4 programs/train.py ... --mesh.fsdp 2 --mesh.tp 2
+    torchrun --nproc-per-node 4 programs/train.py ... --mesh.fsdp 2 --mesh.tp 2     # or under Slurm: srun python ...
 
 The same command again goes on from the newest checkpoint, on any mesh. Exit codes: 0 done, 3 bad input, 4 five updates
-in a row were not finite, 75 stopped by SIGTERM after saving.
+in a row were not finite, 5 a rank is missing, 75 stopped by SIGTERM after saving.
 """
 
 import json
-import signal
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from mmfunc import checkpoint, data, jit, lora, metrics, optim, random, report, shard, tasks, tree
+from mmfunc import checkpoint, data, jit, lora, metrics, optim, random, relay, report, shard, tasks, tree
 from mmfunc.tasks.language import Rows
 from mmfunc.tasks.pictures import Clips
 
@@ -56,15 +55,17 @@ class Args:
     backend: Literal["inductor", "eager"] = "inductor"
     remat: Literal["nothing", "attention", "dots"] | None = None  # what layers keep for the backward pass; None: all
     workers: int = 1  # loader processes; batches are the same for any number
+    patience: float = 600  # seconds without progress, ten times as many for a first step, after which a rank is missing
     mesh: shard.Mesh = field(default_factory=shard.Mesh)  # ranks along each axis, which torchrun starts
+    stages: relay.Plan = field(default_factory=relay.Plan)  # of layers along --mesh.pp
     questions: Path | None = None  # asked at each save, for the report: records, or a file of prompts to draw
     lora: Lora = field(default_factory=Lora)
     rows: Rows = field(default_factory=Rows)  # batches of conversations
     clips: Clips = field(default_factory=Clips)  # batches of captioned pictures and videos
 
 
-def start(a: Args, task: Any) -> tuple[Any, Any, dict, optim.Transform]:
-    """(family, Config, training state, optimizer) before the first step."""
+def start(a: Args, task: Any) -> tuple[Any, Any, Any, Any, dict]:
+    """(family, Config, batches, step, training state) before the first step."""
     family, c, params = task.load(a, random.key(a.seed))
     declared = family.params(c)
     if a.lora.rank:
@@ -76,20 +77,33 @@ def start(a: Args, task: Any) -> tuple[Any, Any, dict, optim.Transform]:
     rate = optim.warmup(a.warmup, optim.cosine(a.lr, max(a.steps - a.warmup, 1), 0.01 * a.lr))
     parts = [optim.clip(a.clip), optim.adamw(0.9, 0.98), optim.decay(a.decay), optim.scale(rate)]
     tx = optim.accumulate(a.accumulate, optim.chain(*parts, *([optim.ema(a.ema)] if a.ema else [])))
-    return family, c, optim.init(tx, trained, tree.without(params, trained), fp16=a.dtype == "fp16"), tx
+    source, weights = task.batches(a, family, c), (trained, tree.without(params, trained))
+    step = stepping(a, task, lambda p, batch: family.loss(p, c, batch), tx, weights, source)
+    return family, c, source, step, optim.init(tx, *weights, fp16=a.dtype == "fp16")
+
+
+def stepping(a: Args, task: Any, loss: Any, tx: optim.Transform, weights: tuple, source: Any) -> Any:
+    """(state, batch) -> (state, report); along --mesh.pp it takes all micro-batches of an update at once."""
+    if a.mesh.pp == 1:
+        return jit.jit(partial(optim.step, loss, tx, compute=DTYPES[a.dtype]), a.mode, a.backend, donate=True,
+                       buckets=task.signatures(a), remat=a.remat)
+    with shard.use(None):
+        batch = source[0][0][0]
+    return relay.training(loss, tx, *weights, batch, a.mesh.pp, a.stages, compute=DTYPES[a.dtype], backend=a.backend,
+                          remat=a.remat)
 
 
 def main(a: Args) -> int:
-    if a.mesh.pp > 1:
-        raise ValueError(f"--mesh.pp {a.mesh.pp}: this program runs no pipelines; mmfunc.relay does, from a script")
-    with shard.world(a.mesh):
-        return run(a)
+    relay.check(a.mesh.pp, a.stages, a.mode)
+    with shard.world(a.mesh, flags=a, files=["model", "data"], out=a.out, patience=a.patience) as job:
+        return run(a, job)
 
 
-def run(a: Args) -> int:
+def run(a: Args, job: shard.Job) -> int:
     task = tasks.of(a.model)
-    family, c, state, tx = start(a, task)
-    settings = {k: v for k, v in asdict(a).items() if k not in ("out", "workers", "save", "questions", "mesh")}
+    family, c, source, step, state = start(a, task)
+    apart = "out", "workers", "save", "questions", "mesh", "stages", "patience"  # may be others when a run goes on
+    settings = {k: v for k, v in asdict(a).items() if k not in apart}
     meta = json.loads(json.dumps(settings, default=str))
     found = checkpoint.restore(a.out / "checkpoints", state)
     if found:
@@ -97,20 +111,16 @@ def run(a: Args) -> int:
         state, done = found[0], int(found[0]["step"]) // a.accumulate
         print(*[f"skipped: {w}" for w in found[2]], f"going on after update {done}", sep="\n")
     done = int(state["step"]) // a.accumulate
-    loss = lambda p, batch: family.loss(p, c, batch)
-    step = jit.jit(partial(optim.step, loss, tx, compute=DTYPES[a.dtype]), a.mode, a.backend, donate=True,
-                   buckets=task.signatures(a), remat=a.remat)
-    stopped: list[int] = []
-    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
     out = a.out / f"rank-{shard.rank()[0]}" if shard.rank()[0] else a.out  # the first rank's log is the run's
-    source, watch = task.batches(a, family, c), data.Watch(out / "bad_samples.jsonl")
+    watch = data.Watch(out / "bad_samples.jsonl")
     saver = checkpoint.Saver(a.out / "checkpoints")
     with metrics.Log(out, a.steps, metrics.config(asdict(a)), resume=done) as log:
-        for number, micro, facts in _timed(data.stream(source, done, a.steps, a.workers), log):
-            watch(number, facts)
+        save = lambda n: _save(saver, n, state, meta, log, job)
+        stream = _timed(data.stream(source, done, a.steps, a.workers), log, watch)
+        for number, micro, facts in job.steps(stream, done, save, ahead=a.backend != "eager"):
             with log.time("compute"):
                 losses = []  # each micro-batch's part of the update's
-                for batch in micro:
+                for batch in [micro] if a.mesh.pp > 1 else micro:
                     state, told = step(state, batch)
                     losses.append(told["loss"])
                 told = {k: v.item() for k, v in (told | {"loss": sum(losses)}).items()}
@@ -120,29 +130,36 @@ def run(a: Args) -> int:
             if told["in_a_row"] >= 5:
                 print("five updates in a row were not finite; see metrics.jsonl for their samples", file=sys.stderr)
                 return 4
-            stop = any(shard.everyone(bool(stopped)))
-            if (number + 1) % a.save == 0 or number + 1 == a.steps or stop:
-                with log.time("checkpoint"):
-                    _told(partial(saver, number + 1, state, meta), log)
-                    shard.alone(task.show, a, family, c, result(a, state), number + 1)
+            if (number + 1) % a.save == 0 or number + 1 == a.steps:
+                save(number + 1)
+                params = result(a, state)
+                with log.time("checkpoint"), job.at("show"):
+                    shard.alone(task.show, a, family, c, params, number + 1)
                     report.write(out)
-            if stop:
-                saver.close()
-                return 75
+        if job.stopped:
+            saver.close()
+            return 75
         _told(saver.close, log)
         for entry in step.stats():
             log.event("compile", **entry)
     report.write(out)
     params = result(a, state)
-    if a.lora.rank:
-        shard.alone(task.adapter, a, family, c, params)
-    shard.alone(task.export, a, family, c, lora.merge(params))
+    with job.at("show"):
+        if a.lora.rank:
+            shard.alone(task.adapter, a, family, c, params)
+        shard.alone(task.export, a, family, c, lora.merge(params))
     return 0
 
 
 def result(a: Args, state: tree.Tree) -> tree.Tree:
     """The whole parameters that training has arrived at, or their running mean."""
     return shard.whole(tree.merge(optim.averaged(state), state["frozen"]) if a.ema else optim.full(state))
+
+
+def _save(saver: checkpoint.Saver, n: int, state: tree.Tree, meta: dict, log: metrics.Log, job: shard.Job) -> None:
+    with log.time("checkpoint"):
+        _told(partial(saver, n, state, meta), log)
+        job.saved(n, saver.running)
 
 
 def _told(save: Any, log: metrics.Log) -> None:
@@ -154,7 +171,7 @@ def _told(save: Any, log: metrics.Log) -> None:
         print(e, file=sys.stderr)
 
 
-def _timed(stream: Any, log: metrics.Log) -> Any:
+def _timed(stream: Any, log: metrics.Log, watch: data.Watch) -> Any:
     """The items of a stream, the waiting for each counted as data wait."""
     stream = iter(stream)
     while True:
@@ -162,6 +179,7 @@ def _timed(stream: Any, log: metrics.Log) -> Any:
             item = next(stream, None)
         if item is None:
             return
+        watch(item[0], item[2])
         yield item
 
 

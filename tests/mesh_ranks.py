@@ -64,14 +64,16 @@ def check(rank: int, world: int, wanted: list[tuple[str, str]], optimizers: tupl
     for name, plan in wanted:
         mesh = meshes.PLANS[plan]
         ranks = meshes.Ranks(shard.connect(mesh), lambda fn: fn(rank), lambda x: x)
-        out.append(meshes.shares(name, *meshes.found(ranks, name, optimizers)))
+        some = tuple(o for o in optimizers if mesh.pp == 1 or o != "accumulated")  # stages always accumulate
+        out.append(meshes.shares(name, *meshes.found(ranks, name, some, meshes.STAGES.get(plan, meshes.ONE))))
     return out
 
 
 def matrix(wanted: list[tuple[str, str]], optimizers: tuple[str, ...]) -> dict[tuple[str, str], dict[str, float]]:
     """The worst rank's figures of each (case, plan)."""
     for name in {n for n, _ in wanted}:  # before the fork, once for all ranks
-        for o in (None, *optimizers):
+        meshes.reference(name)
+        for o in optimizers:
             meshes.reference(name, o)
     out = {}
     for world in sorted({meshes.PLANS[p].world for _, p in wanted}):
@@ -87,10 +89,11 @@ def main(names: str = ",".join(meshes.CASES), plans: str = ",".join(meshes.PLANS
     for world in sorted({meshes.PLANS[p].world for p in plans.split(",")}):
         found = matrix([(n, p) for n in names.split(",") for p in plans.split(",")
                         if meshes.PLANS[p].world == world], tuple(meshes.OPTIMIZERS))
-        columns = list(next(iter(found.values())))
+        columns = list(max(found.values(), key=len))
         print(f"{'':12}{f'{world} ranks':20}" + "".join(f"{c:>18}" for c in columns))
         for (name, plan), f in found.items():
-            print(f"{name:12}{plan:20}" + "".join(f"{f[c]:18.3f}" for c in columns), flush=True)
+            print(f"{name:12}{plan:20}" + "".join(f"{f[c]:18.3f}" if c in f else f"{'':18}" for c in columns),
+                  flush=True)
             bad += any(v >= 1 for v in f.values())
     return int(bad > 0)
 

@@ -1,13 +1,14 @@
 """Models, batches and plans for tests of meshes; the same on one rank, on simulated ranks and on real ones."""
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmfunc import jit, lora, models, optim, random, shard, tree
+from mmfunc import jit, lora, models, optim, random, relay, shard, tree
+from mmfunc.relay import Plan
 from mmfunc.shard import layout
 from mmfunc.shard.mesh import BATCH, Mesh
 from mmfunc.tree import Tree
@@ -26,7 +27,20 @@ PLANS = {
     "ring2 ulysses2": Mesh(ring=2, ulysses=2),
     "data2 fsdp2": Mesh(data=2, fsdp=2),
     "fsdp2 ulysses2 tp2": Mesh(fsdp=2, ulysses=2, tp=2),
+    "pp2": Mesh(pp=2),
+    "pp2 interleaved": Mesh(pp=2),
+    "pp2 zero-bubble": Mesh(pp=2),
+    "pp2 data2": Mesh(pp=2, data=2),
+    "pp2 fsdp2": Mesh(pp=2, fsdp=2),
+    "pp2 zero2": Mesh(pp=2, fsdp=2, zero=2),
+    "pp2 tp2": Mesh(pp=2, tp=2),
+    "pp2 tp2+sp": Mesh(pp=2, tp=2, sequence=True),
+    "pp2 ulysses2": Mesh(pp=2, ulysses=2),
+    "pp2 ring2": Mesh(pp=2, ring=2),
 }
+ONE = Plan()
+STAGES = {"pp2 interleaved": Plan(virtual=2), "pp2 zero-bubble": Plan("zero-bubble"), "pp2 fsdp2": Plan("zero-bubble"),
+          "pp2 tp2+sp": Plan("gpipe"), "pp2 ring2": Plan("1f1b", recompute=True)}
 SAMPLES = 4
 
 
@@ -157,6 +171,7 @@ CASES = {
     "qwen2": lambda: language("qwen2:tiny"),
     "qwen2 odd": lambda: language("qwen2:tiny", heads=3, kv_heads=1, width=48, hidden=45, vocab=151, tied=True),
     "qwen2 lora": lambda: language("qwen2:tiny"),
+    "qwen2 head": lambda: language("qwen2:tiny"),
     "qwen2vl": lambda: vision("qwen2vl:tiny"),
     "flux": lambda: diffusion("flux:tiny", (6, 10)),
     "wan": lambda: diffusion("wan:tiny", (3, 6, 10)),
@@ -182,10 +197,11 @@ def declared(name: str) -> Tree:
 
 def divided(name: str) -> tuple[Tree, Tree]:
     """(trained, frozen) whole parameters of a case."""
-    if not name.endswith("lora"):
+    rule = {"lora": r"\.lora_[ab]$|^norm", "head": "^(norm|head)"}.get(name.partition(" ")[2])
+    if not rule:
         return case(name).params, None
     params = redrawn(declared(name))
-    trained = tree.select(params, r"\.lora_[ab]$|^norm")
+    trained = tree.select(params, rule)
     return trained, tree.without(params, trained)
 
 
@@ -211,6 +227,31 @@ def trained(name: str, tx: optim.Transform, params: Tree, frozen: Tree, batch: d
     for _ in range(calls):
         state, told = optim.step(lambda p, b: one.loss(p, one.c, b), tx, state, batch)
     return state["params"], told
+
+
+def stepping(name: str, tx: optim.Transform, params: Tree, frozen: Tree, which: list[int], plan: Plan) -> tuple:
+    """(step, what it takes): the training step of the mesh in use, and the batch or, in stages, one for each sample."""
+    one, batch = case(name), case(name).batch(which)
+    loss = lambda p, b: one.loss(p, one.c, b)
+    pp = shard.using().net.mesh.pp if shard.using() else 1
+    if pp == 1:
+        return partial(optim.step, loss, tx), batch
+    batches = [one.batch([i]) | {"num_items_in_batch": batch["num_items_in_batch"]} for i in which]
+    return relay.training(loss, tx, params, frozen, batches[0], pp, plan, backend="eager"), batches
+
+
+def staged(name: str, plan: Plan, params: Tree, frozen: Tree, which: list[int], names: tuple[str, ...]) -> tuple:
+    """gradients, and trained for each of some optimizers, in stages."""
+    step, batches = stepping(name, OPTIMIZERS["sgd"][0], params, frozen, which, plan)
+    value, grads = step.pipe(*[optim.ready(shard.held(p), None) for p in (params, frozen)], batches)
+    ends = {}
+    for o in names:
+        again = replace(step, tx=OPTIMIZERS[o][0])
+        state = optim.init(again.tx, tree.map(torch.clone, params), frozen)
+        for _ in range(3):
+            state, told = again(state, batches)
+        ends[o] = state["params"], told
+    return shard.total(value.sum()), shard.sync(tree.flatten(shard.unready(grads))), ends
 
 
 @cache
@@ -245,15 +286,20 @@ def places(mesh: Mesh) -> list[list[int]]:
     return torch.stack(torch.unravel_index(torch.arange(mesh.world), sizes), -1).tolist()
 
 
-def found(ranks: Ranks, name: str, optimizers: tuple[str, ...] = ()) -> tuple[Tensor, dict, dict]:
-    """(loss, whole gradients, {optimizer: (whole parameters after, report)}) of a case on a mesh."""
+def found(ranks: Ranks, name: str, optimizers: tuple[str, ...] = (), plan: Plan = ONE) -> tuple[Tensor, dict, dict]:
+    """(loss, whole gradients, {optimizer: (whole parameters after, report)}) of a case on a mesh; in stages a rank has
+    gradients of its own."""
     with shard.use(ranks.net, declared(name)):
         specs = shard.using().layers[""].specs
         given = [shard.place(ranks.local(lambda r, t=t: t)) if t else None for t in divided(name)]
-        batch = ranks.local(lambda r: case(name).batch(samples(ranks.net.mesh, r)))
-        loss, grads = gradients(name, *given, batch)
+        if ranks.net.mesh.pp > 1:
+            which = ranks.local(lambda r: samples(ranks.net.mesh, r))
+            loss, grads, ends = staged(name, plan, *given, which, optimizers)
+        else:
+            batch = ranks.local(lambda r: case(name).batch(samples(ranks.net.mesh, r)))
+            loss, grads = gradients(name, *given, batch)
+            ends = {o: trained(name, OPTIMIZERS[o][0], *given, batch) for o in optimizers}
         grads = {n: ranks.common(layout.whole(g, specs[n], specs[n].optimize, ranks.net)) for n, g in grads.items()}
-        ends = {o: trained(name, OPTIMIZERS[o][0], *given, batch) for o in optimizers}
         ends = {o: tree.map(ranks.common, (shard.whole(after), told)) for o, (after, told) in ends.items()}
         return ranks.common(loss), grads, ends
 
@@ -277,7 +323,8 @@ def worst(found: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str
     must be as small.
     """
     top = max(map(largest, want.values()))
-    return max((largest(found[k] - v) / (largest(v) if largest(v) > 1e-6 * top else 0.1 * top), k) for k, v in want.items())
+    return max((largest(g - want[k]) / (largest(want[k]) if largest(want[k]) > 1e-6 * top else 0.1 * top), k)
+               for k, g in found.items()) if found else (0.0, "")
 
 
 def largest(x: Tensor) -> float:

@@ -7,13 +7,16 @@ import resource
 import signal
 import time
 
+import mesh_ranks
+import mesh_saves
+import meshes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from references import config, ours, reference
 from safetensors.torch import save_file
 
-from mmfunc import checkpoint, keys, lora, models, tree
+from mmfunc import checkpoint, keys, lora, models, optim, shard, tree
 from mmfunc.models import qwen2
 
 
@@ -260,3 +263,61 @@ def test_lora_rules(tmp_path):
     p = tree.map(lambda x: torch.zeros(x.shape), wide)
     with pytest.raises(ValueError, match="part of visual.blocks.0.attn.qkv.weight"):
         lora.export(tmp_path, p, module.KEYS(c))
+
+
+def _spoil(trial, newest, older, r):
+    """Damage a checkpoint in one of six ways; what makes it whole again."""
+    files = sorted(newest.iterdir())
+    shards = [f for f in files if f.name != "manifest.json"]
+    file = newest / "manifest.json" if trial % 6 == 4 else r.choice(files if trial % 6 < 2 else shards)
+    good = file.read_bytes()
+    at = r.randrange(len(good))
+    if trial % 6 == 0:
+        bad = bytearray(good)
+        bad[at] ^= 1 << r.randrange(8)
+        file.write_bytes(bad)
+        if file.name == "manifest.json" and _same_json(good, bad):
+            bad[at] = 0  # it was white space
+            file.write_bytes(bad)
+    elif trial % 6 == 1:
+        file.write_bytes(good[:at])
+    elif trial % 6 == 2:
+        file.unlink()
+    elif trial % 6 < 5:  # a file, or the manifest, of another step
+        file.write_bytes((older / file.name).read_bytes())
+    else:  # a file of another rank
+        file.write_bytes(r.choice([f for f in shards if f != file]).read_bytes())
+    return lambda: file.write_bytes(good)
+
+
+def _spoiled(rank, world, root, name, trials):
+    """(trials that went unnoticed, what was said of the last one) by ranks that each read their part."""
+    mesh, r, unnoticed = meshes.PLANS["fsdp2 tp2"], rng.Random(0), []
+    with shard.use(shard.connect(mesh), meshes.declared(name)):
+        def made(step):
+            params = tree.map(lambda t: t + step, meshes.divided(name)[0])
+            return optim.init(mesh_saves.TX, shard.place(params), None) | {"step": torch.tensor(step)}
+
+        for step in (1, 2):
+            checkpoint.save(root, step, made(step), {})
+        shard.everyone("saved")
+        for trial in range(trials):
+            heal = _spoil(trial, *(checkpoint.place(root, n) for n in (2, 1)), r) if not rank else None
+            shard.everyone("spoiled")
+            found, _, wrong = checkpoint.restore(root, made(0))
+            if not (same(found, made(1)) and len(wrong) == 1 and "step-00000002" in wrong[0]):
+                unnoticed.append(trial)
+            shard.everyone("seen")
+            if not rank:
+                heal()
+            shard.everyone("healed")
+        whole = same(checkpoint.restore(root, made(0))[0], made(2))
+    return unnoticed, whole, wrong
+
+
+@pytest.mark.parametrize("trials", [36, pytest.param(200, marks=pytest.mark.deep)])
+def test_every_corruption_of_a_sharded_checkpoint_is_found(tmp_path, trials):
+    """Bits, truncations, a missing file of a rank, a file of another step or rank, a stale manifest: by all ranks."""
+    meshes.case("qwen2 odd")
+    for unnoticed, whole, wrong in mesh_ranks.run(_spoiled, 4, tmp_path, "qwen2 odd", trials):
+        assert not unnoticed and whole and "is damaged" in wrong[0]

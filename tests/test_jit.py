@@ -59,7 +59,7 @@ def test_another_shape_is_an_error_that_names_it():
 
 
 def test_unknown_names():
-    for bad in ({"mode": "fast"}, {"backend": "npu"}):
+    for bad in ({"mode": "fast"}, {"backend": "tpu"}):
         with pytest.raises(ValueError, match="it has"):
             jit.jit(loss, **bad)
     with pytest.raises(ValueError, match="attention, dots, everything"):

@@ -57,9 +57,10 @@ def one(x: Tensor) -> Tensor:
 
 
 SPREAD = {  # cases on real ranks in every run of the tests; all of them: tests/mesh_ranks.py
-    "qwen2": ("zero1", "ring2"), "qwen2 odd": ("tp2+sp", "ring2 ulysses2"), "qwen2 lora": ("fsdp2 tp2",),
+    "qwen2": ("zero1", "ring2"), "qwen2 odd": ("tp2+sp", "ring2 ulysses2", "pp2 tp2"), "qwen2 lora": ("fsdp2 tp2",),
+    "qwen2 head": ("pp2 fsdp2",),
     "qwen2vl": ("tp2", "data2 fsdp2"), "wan i2v": ("zero2", "tp2+sp ulysses2"), "wan odd": ("tp2",),
-    "flux": ("ulysses2", "fsdp2 tp2"), "t5": ("data2",), "umt5": ("ring2 ulysses2",), "clip": ("tp2+sp",),
+    "flux": ("ulysses2", "fsdp2 tp2", "pp2 interleaved"), "t5": ("data2",), "umt5": ("ring2 ulysses2",), "clip": ("tp2+sp",),
     "clip vision": ("fsdp2",),
 }
 SIMULATED = [("qwen2", "fsdp2 ulysses2 tp2"), ("flux", "ring2 ulysses2"), ("wan", "tp2+sp ulysses2")]
@@ -122,14 +123,14 @@ def test_only_the_axes_that_change_communicate():
     assert sizes.count(4) == 1 and sizes.count(2) >= 8, sizes
 
 
-def compiled(rank: int, world: int, plan: str, name: str, mode: str) -> list[float]:
+def compiled(rank: int, world: int, plan: str, name: str, mode: str, remat: str | None = None) -> list[float]:
     """How far a step compiled on real ranks is from the eager one: loss, norm, parameters."""
     mesh = meshes.PLANS[plan]
     one, tx = meshes.case(name), meshes.OPTIMIZERS["adamw"][0]
     with shard.use(shard.connect(mesh), meshes.declared(name)):
         whole, batch, ends = shard.place(meshes.divided(name)[0]), one.batch(meshes.samples(mesh, rank)), []
         for backend in ("eager", "aot_eager"):
-            step = jit.jit(partial(optim.step, lambda p, b: one.loss(p, one.c, b), tx), mode, backend)
+            step = jit.jit(partial(optim.step, lambda p, b: one.loss(p, one.c, b), tx), mode, backend, remat=remat)
             ends.append(step(optim.init(tx, tree.map(torch.clone, whole)), batch))
     (a, told), (b, said) = ends
     apart = [abs(told[k] - said[k]).item() for k in ("loss", "grad_norm")]
@@ -147,7 +148,8 @@ def test_compiled_on_four_ranks():
     mesh = meshes.PLANS["fsdp2 tp2"]
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=mesh.world)
     try:
-        assert max(compiled(3, mesh.world, "fsdp2 tp2", "qwen2", "whole")) < 2e-6
+        for remat in (None, "dots"):
+            assert max(compiled(3, mesh.world, "fsdp2 tp2", "qwen2", "whole", remat)) < 2e-6
     finally:
         dist.destroy_process_group()
 
@@ -226,14 +228,15 @@ def test_saved_on_one_mesh_read_on_another(name, tmp_path):
     assert len(sizes) == 2 and max(sizes) < 1.1 * min(sizes)
 
 
-READING = ("--model {0}/model --data {0}/data/train.jsonl --rows.tokens 28 --rows.patches 128 --rows.attention 64")
-DRAWING = "--model {0}/flux --data {0}/drawings --clips.sizes 8x8 --ema 0.9"
+READING = ("--model {0}/model --data {0}/data/train.jsonl --rows.tokens 28 --rows.patches 128 --rows.attention 64 "
+           "--batch 2 --accumulate 2")
+DRAWING = "--model {0}/flux --data {0}/drawings --clips.sizes 8x8 --ema 0.9 --batch 4"
 
 
 def program(root, out, *more, ranks=1, what=READING):
     """A run of programs/train.py on a few scanned digits."""
     start = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
-    said = (f"{what.format(root)} --out {out} --scratch --steps 4 --batch 4 --lr 1e-3 --warmup 2 --save 2 "
+    said = (f"{what.format(root)} --out {out} --scratch --steps 4 --lr 1e-3 --warmup 2 --save 2 "
             "--backend eager --workers 0")
     file = Path(__file__).parent.parent / "programs" / "train.py"
     done = subprocess.run([sys.executable, *start, str(file), *said.split(), *more], capture_output=True, text=True,
@@ -258,9 +261,10 @@ def test_train_under_torchrun(tmp_path):
 
     digits.main(digits.Args(tmp_path, singles=24, pages=12))
     assert program(tmp_path, tmp_path / "one") == (0, "")
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    shutil.rmtree(checkpoint.place(tmp_path / "two" / "checkpoints", 4))  # goes on from the middle
-    for out, more in (("tp", ("--mesh.tp", "2")), ("two", ("--mesh.fsdp", "2"))):
+    for out in ("two", "stages"):
+        shutil.copytree(tmp_path / "one", tmp_path / out)
+        shutil.rmtree(checkpoint.place(tmp_path / out / "checkpoints", 4))  # goes on from the middle
+    for out, more in (("tp", ("--mesh.tp", "2")), ("two", ("--mesh.fsdp", "2")), ("stages", ("--mesh.pp", "2"))):
         code, said = program(tmp_path, tmp_path / out, *more, ranks=2)
         assert code == 0, said
         like(logged(tmp_path / out), logged(tmp_path / "one"))
@@ -268,17 +272,20 @@ def test_train_under_torchrun(tmp_path):
         assert all((x - y).abs().max() < 1e-4 for x, y in zip(tree.leaves(a), tree.leaves(b)))
     code, said = program(tmp_path, tmp_path / "bad", "--mesh.tp", "3", ranks=2)
     assert code and "the mesh tp 3 has 3 ranks, but 2 are running; tp 2 would fit" in said
-    code, said = program(tmp_path, tmp_path / "bad", "--mesh.pp", "2")
-    assert code == 3 and "--mesh.pp 2: this program runs no pipelines" in said
+    for more, message in ((("--stages.virtual", "2"), "says how a model is cut into stages, but the mesh has pp 1"),
+                          (("--mesh.pp", "2", "--mode", "block"), "there is no mode 'block' of that, only 'whole'")):
+        code, said = program(tmp_path, tmp_path / "bad", *more)
+        assert code == 3 and message in said
 
 
 def test_drawings_under_torchrun(tmp_path):
-    """Two ranks with half of the samples each."""
+    """Two ranks with half of the samples each, or half of the layers."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "programs"))
     import drawings
 
     drawings.main(drawings.Args(tmp_path, pictures=16, clips=1))
-    for out, more, ranks in (("one", (), 1), ("data", ("--mesh.data", "2"), 2)):
+    stages = "--mesh.pp", "2", "--stages.schedule", "zero-bubble"
+    for out, more, ranks in (("one", (), 1), ("data", ("--mesh.data", "2"), 2), ("stages", stages, 2)):
         code, said = program(tmp_path, tmp_path / out, *more, ranks=ranks, what=DRAWING)
         assert code == 0, said
-    like(logged(tmp_path / "data"), logged(tmp_path / "one"))
+        like(logged(tmp_path / out), logged(tmp_path / "one"))

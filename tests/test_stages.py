@@ -1,17 +1,20 @@
 """Pipelines equal one process: families, schedules, real ranks; and the schedules by themselves."""
 
+import re
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
-import mesh_ranks
 import meshes
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import schedules as torchs
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mmfunc import jit, optim, relay, stages, tree
+from mmfunc import jit, optim, relay, shard, stages, tree
+from mmfunc.relay import Plan
 from mmfunc.shard import schedule
 from mmfunc.shard.schedule import Action, build, places, simulate
 
@@ -131,8 +134,9 @@ def traced(name):
     return relay.pipeline(loss_of(name), *meshes.divided(name), wanted(name)[0][0], 2, backend="eager")
 
 
-def made(case, ranks=2, **how):
-    return replace(traced(case), ranks=ranks, sizes=None, made={}, tables={}, **how)
+def made(case, ranks=2, schedule="1f1b", virtual=1, backend="eager", remat=None, **plan):
+    return replace(traced(case), ranks=ranks, plan=Plan(schedule, virtual, **plan), backend=backend, remat=remat, made={},
+                   tables={})
 
 
 def check(name, pipe):
@@ -149,7 +153,7 @@ def check(name, pipe):
 def test_equals_one_process(case):
     stage = {}  # of gpipe and 1f1b: the same functions in another order
     for name, virtual in SCHEDULES:
-        pipe = made(case, name=name, virtual=virtual)
+        pipe = made(case, 2, name, virtual)
         pipe.made = stage if (name, virtual) in SCHEDULES[:2] else {}
         check(case, pipe)
 
@@ -157,34 +161,33 @@ def test_equals_one_process(case):
 @pytest.mark.parametrize("case", ["qwen2 odd", "clip"])
 def test_stages_in_a_v(case):
     """The first and the last stage are on one rank: the embedding is not shared with another."""
-    pipe = made(case, name="zero-bubble", virtual=2)
+    pipe = made(case, 2, "zero-bubble", 2)
     check(case, pipe)
-    assert pipe.place == [0, 1, 1, 0] and not pipe.shared
+    assert pipe.place == [0, 1, 1, 0] and max(map(len, pipe.holders.values())) == 1
 
 
 @pytest.mark.parametrize("case", ["qwen2 odd", "qwen2vl"])
 def test_four_ranks_and_stages_by_hand(case):
-    check(case, made(case, 4, name="zero-bubble"))
+    check(case, made(case, 4, "zero-bubble"))
     check(case, made(case, 4, recompute=True))
-    sizes = {"qwen2 odd": [1, 3], "qwen2vl": [6, 2]}[case]
-    check(case, replace(traced(case), sizes=sizes, made={}, tables={}, name="1f1b"))
+    check(case, made(case, sizes={"qwen2 odd": (1, 3), "qwen2vl": (6, 2)}[case]))
 
 
 @pytest.mark.parametrize("case, how", [("qwen2 lora", {}), ("qwen2vl", {"recompute": True}),
-                                       ("t5", {"name": "zero-bubble", "remat": "nothing"}),
-                                       ("qwen2 odd", {"name": "zero-bubble", "backend": "inductor"})])
+                                       ("t5", {"schedule": "zero-bubble", "remat": "nothing"}),
+                                       ("qwen2 odd", {"schedule": "zero-bubble", "backend": "inductor"})])
 def test_compiled(case, how):
     """Each kind of function of each stage is one graph."""
-    pipe = made(case, **{"name": "1f1b", "backend": "aot_eager"} | how)
+    pipe = made(case, **{"backend": "aot_eager"} | how)
     check(case, pipe)
     pieces = [p for s in pipe.made.values() for p in s.pieces.values()]
-    assert len(pieces) == (6 if pipe.name == "zero-bubble" else 4)
+    assert len(pieces) == (6 if pipe.plan.schedule == "zero-bubble" else 4)
     assert all(len(p.call.entries) == bool(p.gives) and p.call.backend == pipe.backend for p in pieces)
 
 
-def saved(pipe, s):
+def saved(pipe, s, case="wan"):
     """Bytes that a stage keeps from the forward on, besides what flows in, parameters and batch."""
-    piece = pipe.stage(s, wanted("wan")[0][0]).pieces["backward"]
+    piece = pipe.stage(s, wanted(case)[0][0]).pieces["backward"]
     nodes = [k for k in piece.needs if isinstance(k, stages.Node)]
     memory = lambda ns: {t._cdata: t.nbytes() for t in (n.meta["val"].untyped_storage() for n in ns)}
     given = memory(nodes[0].graph.find_nodes(op="placeholder")) if nodes else {}
@@ -196,11 +199,44 @@ def test_less_is_kept():
     assert recomputed == 0 < nothing < everything / 2
 
 
+@contextmanager
+def on_mesh(mesh, rank, case):
+    """The step of both stages, which are here, on a rank along other axes whose other ranks are not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.world)
+    try:
+        with shard.use(shard.connect(mesh), meshes.declared(case)):
+            params = shard.place(meshes.case(case).params)
+            yield relay.training(loss_of(case), TX, params, None, wanted(case)[0][0], 2, backend="eager").pipe, params
+    finally:
+        dist.destroy_process_group()
+
+
+def code(pipe, batch):
+    pieces = [p for s in (0, 1) for p in pipe.stage(s, batch).pieces.values()]
+    return [re.sub(r"'\d+'\)", "group)", p.call.fn.__closure__[0].cell_contents.code) for p in pieces]
+
+
+def test_stages_of_a_mesh():
+    """Compiled they do what they do eagerly, all ranks run the same graphs, and no micro-batch keeps parameters that
+    its stage has gathered."""
+    batch, mesh = wanted("qwen2")[0][0], shard.Mesh(fsdp=2, tp=2)
+    with on_mesh(mesh, 0, "qwen2") as (pipe, params):
+        first = code(pipe, batch)
+    with on_mesh(mesh, 3, "qwen2") as (pipe, params):
+        (value, grads), (again, slopes) = [p(optim.ready(params, None), None, [batch]) for p in (
+            pipe, replace(pipe, backend="aot_eager", made={}))]
+        assert code(pipe, batch) == first and all("all_gather_into_tensor" in c for c in first)
+        assert torch.allclose(value, again, rtol=1e-6) and meshes.worst(tree.flatten(slopes), tree.flatten(grads))[0] < 1e-6
+    with on_mesh(shard.Mesh(fsdp=2), 1, "qwen2") as (pipe, _):
+        assert saved(pipe, 0, "qwen2") == saved(made("qwen2"), 0, "qwen2")
+
+
 def test_frozen_parts_send_nothing_back():
     params = meshes.case("qwen2vl").params
     trained = tree.select(params, "^(?!vision)")
     batch = wanted("qwen2vl")[0][0]
-    pipe = relay.pipeline(loss_of("qwen2vl"), trained, tree.without(params, trained), batch, 2, sizes=[4, 4], backend="eager")
+    pipe = relay.pipeline(loss_of("qwen2vl"), trained, tree.without(params, trained), batch, 2, Plan(sizes=(4, 4)),
+                          backend="eager")
     value, grads = pipe(trained, tree.without(params, trained), wanted("qwen2vl")[0])
     assert torch.allclose(value, wanted("qwen2vl")[1], rtol=1e-6)
     assert meshes.worst(tree.flatten(grads), {n: wanted("qwen2vl")[2][n] for n in tree.flatten(trained)})[0] < 1e-5
@@ -226,9 +262,9 @@ def test_errors():
     how = {"params": one.params, "frozen": None, "batch": batch, "ranks": 2}
     with pytest.raises(ValueError, match=r"\[2, 1\] must be 2 numbers above 0 that add up to the 4 parts of this model: "
                                          "embed, blocks.0, blocks.1, head"):
-        relay.pipeline(loss_of("qwen2"), sizes=[2, 1], **how)
+        relay.pipeline(loss_of("qwen2"), plan=Plan(sizes=(2, 1)), **how)
     with pytest.raises(ValueError, match="4 parts cannot be cut into 6 stages"):
-        relay.pipeline(loss_of("qwen2"), virtual=3, **how)
+        relay.pipeline(loss_of("qwen2"), plan=Plan(virtual=3), **how)
     with pytest.raises(ValueError, match="calls none"):
         relay.pipeline(lambda p, b: p["norm"]["weight"].sum(), **how)
     with pytest.raises(ValueError, match="calls two"):
@@ -240,10 +276,10 @@ def test_errors():
 TX = optim.chain(optim.adamw(), optim.decay(0.1), optim.scale(1e-3))
 
 
-def trained(pipe, case, rank=None):
-    """Parameters after three updates, of all ranks or of one."""
+def trained(pipe, case):
+    """Parameters after three updates."""
     batches = wanted(case)[0]
-    params, frozen = (t if rank is None or t is None else pipe.part(t, rank) for t in meshes.divided(case))
+    params, frozen = meshes.divided(case)
     state = optim.init(TX, params, frozen)
     for _ in range(3):
         value, grads = pipe(state["params"], frozen, batches)
@@ -264,42 +300,7 @@ def alone(case):
 
 @pytest.mark.parametrize("case", ["qwen2 odd", "qwen2 lora", "flux"])
 def test_parameters_after_updates(case):
-    after = trained(made(case, name="zero-bubble"), case)
+    after = trained(made(case, 2, "zero-bubble"), case)
     assert meshes.apart(after, alone(case), wanted(case)[2]) < 1e-5
 
 
-REAL = [("qwen2 odd", 2, "1f1b", 1), ("qwen2vl", 2, "1f1b", 2), ("flux", 2, "zero-bubble", 2), ("qwen2 odd", 4, "zero-bubble", 1)]
-
-
-def real(rank, world, cases):
-    found = []
-    for case, _, name, virtual in cases:
-        pipe = made(case, world, name=name, virtual=virtual, group=dist.group.WORLD)
-        params, frozen = (t if t is None else pipe.part(t, rank) for t in meshes.divided(case))
-        value, grads = pipe(params, frozen, wanted(case)[0])
-        found.append((value.tolist(), {n: g.numpy() for n, g in tree.flatten(grads).items()}, pipe.peak[rank],
-                      {n: t.numpy() for n, t in trained(pipe, case, rank).items()}))
-    return found
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_real_ranks(world):
-    cases = [c for c in REAL if c[1] == world]
-    for case, *_ in cases:
-        traced(case), alone(case)  # before the fork, once for all ranks
-    ranks = mesh_ranks.run(real, world, cases, seconds=120)
-    for i, (case, _, name, virtual) in enumerate(cases):
-        batches, losses, grads = wanted(case)
-        pipe = made(case, world, name=name, virtual=virtual)
-        report = simulate(pipe.table(len(batches)), pipe.place)
-        for r in range(world):
-            value, found, peak, after = ranks[r][i]
-            assert torch.allclose(torch.tensor(value), losses, rtol=1e-6) and peak == report.peak[r]
-            own = {n: g for n, g in grads.items() if n in pipe.holds[r]}
-            assert own.keys() == found.keys()
-            top = max(map(meshes.largest, grads.values()))
-            assert all(meshes.largest(torch.from_numpy(found[n]) - g) <= 1e-5 * max(meshes.largest(g), 0.1 * top) for n, g in own.items())
-            assert meshes.apart({n: torch.from_numpy(t) for n, t in after.items()}, {n: alone(case)[n] for n in own}, own) < 1e-5
-        for n, holders in pipe.shared.items():
-            assert all((ranks[holders[0]][i][3][n] == ranks[r][i][3][n]).all() for r in holders)
-        assert sorted(n for r in range(world) for n in pipe.first(r)) == sorted(tree.flatten(pipe.params))

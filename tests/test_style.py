@@ -16,9 +16,9 @@ FLOORS = [  # a file imports from its own floor or a lower one
     {"nn"},
     {"diffusion", "sampler", "schedulers", "solvers", "multistep", "text", "lora", "optim", "jit", "grad", "signature",
      "lower", "checkpoint", "hub", "data", "records", "metrics", "report", "score", "processor", "generate", "clips", "features",
-     "prompts", "gallery", "stages", "relay"},
+     "prompts", "gallery", "stages", "relay", "machines", "parts", "picture", "plan", "search", "work"},
     {"models"},
-    {"answer", "recipes", "bundle", "pipeline", "render"},
+    {"answer", "doctor", "example", "recipes", "bundle", "pipeline", "render"},
     {"tasks"},
 ]
 FAMILIES = [f for f in FILES if f.parent.name == "models" and f.name != "__init__.py"]

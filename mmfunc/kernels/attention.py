@@ -2,7 +2,8 @@
 
 On CPU it is the kernel of `mmfunc.kernels.cpu`: PyTorch's fused one reaches 40 % of the GEMM peak in bf16 and does not
 skip what is masked. What that kernel does not take (a bias, float16, very few scores, no compiler) goes block by block
-over the queries, so that a block of scores stays in cache. Elsewhere it is PyTorch's scaled_dot_product_attention.
+over the queries, so that a block of scores stays in cache. On NPU it is torch_npu's fused operation, elsewhere
+PyTorch's scaled_dot_product_attention.
 `reference` is the definition that all of them are tested against.
 """
 
@@ -16,6 +17,7 @@ from mmfunc.kernels import cpu
 
 FEW = 16, 32 * 32  # queries, and scores of a head: with fewer the products of `blocked` cost less than a call
 BLOCK = 128  # queries of a block: 128 x 4096 float32 scores are 2 MB
+WIDEST = 512  # of a head on NPU
 HIDDEN = -1e30  # the score of what is masked: finite, so that a row that sees nothing stays finite
 
 Segments = Tensor | tuple[Tensor, Tensor] | None
@@ -79,6 +81,24 @@ def fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, sta
     return y.transpose(1, 2)
 
 
+def ascend(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, start: Tensor | None, scale: float,
+           bias: Tensor | None = None) -> Tensor:
+    """torch_npu's fused operation, which takes this layout and fewer key heads as they are; shapes as in blocked."""
+    if bias is not None:  # its gradient is not to be had from that operation
+        return blocked(q, k, v, causal, segments, start, scale, bias)
+    if q.shape[-1] > WIDEST:
+        raise ValueError(f"attention on NPU takes heads of a width up to {WIDEST}, not {q.shape[-1]}")
+    if causal and segments is None and start is None and q.shape[1] == k.shape[1]:
+        place = torch.arange(2048, device=q.device)  # the size that is asked for
+        mask, mode = place > place[:, None], 2
+    else:
+        seen = visible(slice(0, q.shape[1]), k.shape[1], causal, segments, start, q.device)
+        # a row that sees nothing sees all
+        mask, mode = None if seen is None else (~seen & seen.any(-1, keepdim=True))[:, 0], 0
+    return torch.ops.npu.npu_fusion_attention(q, k, v, q.shape[2], "BSND", atten_mask=mask, scale=scale,
+                                              sparse_mode=mode)[0]
+
+
 def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, start: Tensor | None, scale: float,
               bias: Tensor | None = None) -> Tensor:
     """The definition: one softmax over all scores; shapes as in blocked."""
@@ -101,7 +121,7 @@ def keep(x: Tensor) -> Tensor:
 keep.register_fake(torch.empty_like)
 keep.register_autograd(lambda ctx, g: g)
 
-BACKENDS: dict[str, Callable] = {"cpu": blocked, "meta": blocked}  # by device type; fused elsewhere
+BACKENDS: dict[str, Callable] = {"cpu": blocked, "meta": blocked, "npu": ascend}  # by device type; fused elsewhere
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, segments: Segments = None,

@@ -110,7 +110,7 @@ def down(p: Tree, x: Tensor, past: Tree) -> tuple[Tensor, Tree]:
     x = nn.halve(p["down"], x)
     if "time" not in p:
         return x, {}
-    later, seen = {"time": x[:, :, -1:].clone()}, torch.cat([past["time"], x], 2) if past else x
+    later, seen = {"time": x[:, :, -1:].clone()}, nn.behind(past.get("time"), x)
     if seen.shape[2] == 1:
         return x, later
     y = nn.conv(p["time"], seen, stride=(2, 1, 1))
@@ -143,7 +143,7 @@ KINDS = {"conv1": resnet, "qkv": attention, "down": down, "up": up, "conv": edge
 def block(p: Tree, c: Config, x: Tensor, ctx: Tree, entry: Tree | None = None) -> Any:
     """Any layer: its tree says of which kind it is. [B, C, T, Y, X] -> [B, C', T', Y', X'], and what it remembers."""
     kind = next(fn for name, fn in KINDS.items() if name in p)
-    x, later = kind(p, x, entry or {})
+    x, later = kind(p, x, nn.earlier(entry))
     return x if entry is None else (x, later)
 
 

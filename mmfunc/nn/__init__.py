@@ -24,7 +24,20 @@ from mmfunc.nn.basic import (
     rmsnorm,
 )
 from mmfunc.nn.chain import Chain, running, whole
-from mmfunc.nn.conv import Conv, GroupNorm, Once, causal, conv, double, groupnorm, halve, joined, tiled
+from mmfunc.nn.conv import (
+    Conv,
+    GroupNorm,
+    Once,
+    behind,
+    causal,
+    conv,
+    double,
+    earlier,
+    groupnorm,
+    halve,
+    joined,
+    tiled,
+)
 from mmfunc.nn.diffusion import Offsets, adaln, gated, grid, modulate, patchify, sinusoid, unpatchify
 from mmfunc.nn.loss import cross_entropy, targets
 from mmfunc.nn.rope import axial, rotate, sections, unpaired

@@ -56,6 +56,7 @@ def qkv(p: Tree, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, segments: Segments = None,
            start: Tensor | None = None, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
     """kernels.attend, where the rows of q, k and v may be divided; segments and bias are whole."""
+    k, v = shard.everywhere(k, v) if shard.image() else (k, v)
     if shard.block() is None:
         return kernels.attend(q, k, v, causal=causal, segments=segments, start=start, scale=scale, bias=bias)
     return shard.attention(q, k, v, causal=causal, segments=segments, scale=scale, bias=bias)
@@ -68,5 +69,8 @@ def merge(p: Tree, y: Tensor) -> Tensor:
 
 def remember(entry: Tree, k: Tensor, v: Tensor, start: Tensor) -> Tree:
     """A static cache entry [B, L, G, K] with k and v [B, S, G, K] written from slot start (0-d) on."""
+    if shard.block():
+        raise ValueError("ranks have parts of the sequence, and a cache all of it: generate on a mesh without ring and "
+                         "ulysses")
     slots = start + torch.arange(k.shape[1], device=k.device)
     return {"k": entry["k"].index_copy(1, slots, k), "v": entry["v"].index_copy(1, slots, v)}

@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from mmfunc import shard
+from mmfunc.nn.conv import halving
 from mmfunc.tree import Tree, at
 
 
@@ -40,12 +43,13 @@ def whole(wrap: Callable = lambda fn: fn, part: Callable = lambda fn: fn) -> Cal
     def run(chain: Chain, p: Tree, c: Any, batch: Tree, cache: dict | None) -> Any:
         x, ctx = part(chain.embed)(p, c, batch)
         new, rows = {}, None  # what blocks read and write may be divided; all else sees x whole
-        for path, fn in chain.steps(p, c):
+        steps = list(chain.steps(p, c))
+        for i, (path, fn) in enumerate(steps):
             if path is None:
                 x, ctx = part(fn)(p, c, shard.joined(x, rows), ctx)
                 rows = None
                 continue
-            x, rows = shard.split(x, rows)
+            x, rows = shard.split(x, rows, None if cache is not None else partial(_halving, p, steps[i:]))
             fn = wrap(shard.inside(fn, path, rows))
             if cache is not None and path in cache:
                 x, new[path] = fn(at(p, path), c, x, ctx, cache[path])
@@ -55,6 +59,11 @@ def whole(wrap: Callable = lambda fn: fn, part: Callable = lambda fn: fn) -> Cal
         return out if cache is None else (out, new)
 
     return run
+
+
+def _halving(p: Tree, steps: list) -> int:
+    """By how much the layers up to the next plain function divide the number of frames."""
+    return halving(at(p, path) for path, _ in takewhile(lambda step: step[0], steps))
 
 
 _runner = [whole()]

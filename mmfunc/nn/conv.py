@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmfunc import shard
 from mmfunc.tree import Param, Tree, normal, ones
 
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions of the input
@@ -21,13 +22,29 @@ def Conv(c_in: int, c_out: int, kernel: tuple[int, ...], *, bias: bool = True) -
 
 def conv(p: Tree, x: Tensor, *, stride: int | tuple[int, ...] = 1, padding: int | tuple[int, ...] = 0) -> Tensor:
     """[B, C, ...] -> [B, C', ...] over 1, 2 or 3 dimensions."""
+    n = p["weight"].ndim - 2
+    if shard.parted() and n == 3 and (padding if isinstance(padding, int) else padding[0]):
+        raise ValueError("a convolution that sees later frames, of which ranks have parts: use a mesh without ring")
+    if n > 1 and shard.image() and (rows := p["weight"].shape[-2]) > 1:
+        stride, padding = (v if isinstance(v, tuple) else (v,) * n for v in (stride, padding))
+        if stride[-2] != 1 or 2 * padding[-2] + 1 != rows:
+            raise ValueError(f"a convolution by {rows} rows with stride {stride[-2]} and padding {padding[-2]}: where "
+                             f"ranks have rows of an image it must keep their number, with stride 1 and {rows // 2}")
+        x, padding = shard.around(_last(x), padding[-2], padding[-2]), (*padding[:-2], 0, padding[-1])
+    return _conv(p, x, stride, padding)
+
+
+def _conv(p: Tree, x: Tensor, stride: int | tuple[int, ...] = 1, padding: int | tuple[int, ...] = 0) -> Tensor:
     run = (F.conv1d, F.conv2d, F.conv3d)[p["weight"].ndim - 3]
     return run(_last(x), p["weight"], p.get("bias"), stride, padding)
 
 
 def _last(x: Tensor) -> Tensor:
-    """x with its channels last in memory, as the kernels of images and videos want it: up to 1.5 times faster."""
-    return x.contiguous(memory_format=LAST[x.ndim]) if x.ndim in LAST else x
+    """x with its channels last in memory, as the kernels of images and videos want it: up to 1.5 times faster.
+
+    NPUs have layouts of their own and refuse this one.
+    """
+    return x.contiguous(memory_format=LAST[x.ndim]) if x.ndim in LAST and x.device.type != "npu" else x
 
 
 def causal(p: Tree, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -35,22 +52,45 @@ def causal(p: Tree, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tens
 
     past [B, C, kernel - 1, Y, X] are the frames before x, zeros without it.
     """
-    weight, (time, *sides) = p["weight"], p["weight"].shape[2:]
-    x = _last(x)
+    weight, (time, high, wide) = p["weight"], p["weight"].shape[2:]
+    x, padding = _last(x), (0, high // 2, wide // 2)
+    if shard.image() and high > 1:
+        x, padding = shard.around(x, high // 2, high // 2), (0, 0, wide // 2)
+    if shard.parted() and time > 1:
+        return _conv(p, shard.later(x, time - 1, time - 1), 1, padding), x[:, :, :0]
     seen = F.pad(x, (0, 0, 0, 0, time - 1, 0)) if past is None else torch.cat([past, x], 2)
     # a view would keep all of seen alive
     later = seen[:, :, seen.shape[2] - time + 1 :].clone(memory_format=torch.channels_last_3d)
     if past is None and x.shape[2] == 1:  # all but the last tap meet zeros
-        p, seen = {**p, "weight": weight[:, :, -1:]}, x
-    return conv(p, seen, padding=(0, *(k // 2 for k in sides))), later
+        return _conv({**p, "weight": weight[:, :, -1:]}, x, 1, padding), later
+    del x  # its rows with those of other ranks are a copy
+    return _conv(p, seen, 1, padding), later
+
+
+def earlier(entry: Tree | None) -> Tree:
+    """What a layer remembers of the frames before x: what a cache has, or something, but no tensors, where these frames
+    are on another rank."""
+    return entry or ({"elsewhere": ()} if shard.parted() and not shard.first() else {})
+
+
+def behind(past: Tensor | None, x: Tensor) -> Tensor:
+    """x [B, C, T, Y, X] with the last frame before it, if there is one."""
+    if shard.parted():
+        return shard.later(x, 1, 0)
+    return x if past is None else torch.cat([past, x], 2)
+
+
+def halving(layers: Iterable[Tree]) -> int:
+    """By how much layers divide the number of frames: each that has a convolution `down` and one in `time` by two."""
+    return 2 ** sum("down" in layer and "time" in layer for layer in layers)
 
 
 def halve(p: Tree, x: Tensor) -> Tensor:
     """Half the rows and columns by a 3 x 3 convolution that looks past the end: [B, C, (T,) Y, X] -> Y / 2, X / 2."""
-    x = F.pad(x, (0, 1, 0, 1))
+    x = F.pad(shard.around(_last(x), 0, 1, 2), (0, 1)) if shard.image() else F.pad(x, (0, 1, 0, 1))
     if x.ndim == 4:
-        return conv(p, x, stride=2)
-    return conv({**p, "weight": p["weight"].unsqueeze(2)}, x, stride=(1, 2, 2))  # time stays where it is
+        return _conv(p, x, 2)
+    return _conv({**p, "weight": p["weight"].unsqueeze(2)}, x, (1, 2, 2))  # time stays where it is
 
 
 def double(p: Tree, x: Tensor) -> Tensor:
@@ -58,11 +98,13 @@ def double(p: Tree, x: Tensor) -> Tensor:
 
     Both are one transposed convolution by 4 x 4, in which a pixel of the output meets 4 taps and not 9.
     """
-    met = torch.tensor([[0, 0, 1.0], [0, 1, 1], [1, 1, 0], [1, 0, 0]], device=x.device)  # which of 3 are in a tap of 4
+    both = torch.arange(4, device=x.device)[:, None] + torch.arange(3, device=x.device)
+    met = ((both == 2) | (both == 3)).float()  # which of 3 are in a tap of 4: a constant, which not every device traces
     taps = (p["weight"].float().flatten(2) @ torch.kron(met, met).T).unflatten(-1, (4, 4)).to(x.dtype).transpose(0, 1)
+    x, less = (shard.around(_last(x), 1, 1), 3) if shard.image() else (x, 1)  # a row before gives two rows
     if x.ndim == 4:
-        return _last(F.conv_transpose2d(_last(x), taps, p.get("bias"), 2, 1))
-    return _last(F.conv_transpose3d(_last(x), taps.unsqueeze(2), p.get("bias"), (1, 2, 2), (0, 1, 1)))
+        return _last(F.conv_transpose2d(_last(x), taps, p.get("bias"), 2, (less, 1)))
+    return _last(F.conv_transpose3d(_last(x), taps.unsqueeze(2), p.get("bias"), (1, 2, 2), (0, less, 1)))
 
 
 def GroupNorm(c: int) -> Tree:
@@ -72,6 +114,8 @@ def GroupNorm(c: int) -> Tree:
 
 def groupnorm(p: Tree, x: Tensor, groups: int = 32, eps: float = 1e-6) -> Tensor:
     """Normalise groups of channels over all positions, within in float32. [B, C, ...] -> [B, C, ...]."""
+    if shard.image():
+        return shard.groupnorm(x, groups, p["weight"], p["bias"], eps)
     return F.group_norm(x, groups, p["weight"], p["bias"], eps)
 
 

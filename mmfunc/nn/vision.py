@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmfunc import shard
 from mmfunc.tree import Tree
 
 
@@ -86,7 +87,12 @@ def rows(segments: np.ndarray, width: int, size: int, count: int | None = None) 
 
 
 def in_rows(fn, q: Tensor, k: Tensor, v: Tensor, table: Tree) -> Tensor:
-    """Attention fn within the rows of a table. q, k, v [P, H, K] -> [P, H, K]."""
+    """Attention fn within the rows of a table. q, k, v [P, H, K] -> [P, H, K]; of patches that are divided among ranks
+    each takes all for some of the heads."""
+    if shard.block():
+        heads, (q, k, v) = q.shape[1], shard.by_heads(q, k, v)
+        with shard.apart():
+            return shard.by_rows(in_rows(fn, q, k, v, table), heads)
     shape = table["segments"].shape
     size = len(q)
     q, k, v = (put(t, table["slot"], shape.numel()).unflatten(0, shape) for t in (q, k, v))

@@ -3,15 +3,23 @@ the identity; nn marks where an activation meets maps that a mesh may divide, so
 
 mesh: axes and groups. collectives: the primitives. layout: P, relayout, a parameter's layouts. use: the mesh in use and
 the marks. state: parameters, gradients and the optimizer's state. context, ring: attention over divided sequences.
+world, meet, watch: a run of ranks from their start to their end.
+rows, halo: sequences, patches, images and videos in parts. experts: mixtures of them. balance: encoders' work shared.
 """
 
-from mmfunc.shard.context import attention
+from mmfunc.shard.balance import plan, shared
+from mmfunc.shard.context import along, attention, by_heads, by_rows
+from mmfunc.shard.experts import Routes, combine, dispatch, routes
+from mmfunc.shard.halo import around, everywhere, first, groupnorm, later, parted
 from mmfunc.shard.layout import Layout, P, Piece, relayout
 from mmfunc.shard.mesh import AXES, Mesh, Net, connect
+from mmfunc.shard.rows import joined, local, samples, some, split, together
 from mmfunc.shard.state import (
     alone,
     counted,
     everyone,
+    held,
+    hold,
     mine,
     part,
     pieces,
@@ -20,32 +28,33 @@ from mmfunc.shard.state import (
     ready,
     share,
     squares,
+    staged,
     stored,
     sync,
     total,
+    unready,
     whole,
 )
 from mmfunc.shard.use import (
+    apart,
     block,
+    complete,
     crossing,
     declare,
     each,
     enter,
     grouped,
+    heads,
+    image,
     inside,
-    joined,
     leave,
-    local,
     mean,
     parts,
-    samples,
     size,
-    some,
-    split,
     start,
     summed,
-    together,
     use,
     using,
-    world,
 )
+from mmfunc.shard.watch import Job
+from mmfunc.shard.world import world

@@ -25,6 +25,14 @@ def share(n: int, parts: int, unit: int = 1) -> int:
     return -(-blocks // parts) * unit
 
 
+def number(axes: Axes, net: Net) -> int:
+    """This rank's place along a product of axes, a constant of its graphs; net.index is an input of them."""
+    i = 0
+    for a in net.axes(axes):
+        i = i * getattr(net.mesh, a) + net.at[AXES.index(a)]
+    return i
+
+
 def cut(x: Tensor, dim: int, axes: Axes, net: Net, unit: int = 1) -> Tensor:
     """This rank's part of a dimension, padded where it does not divide."""
     n = net.size(axes)

@@ -2,17 +2,20 @@
 some heads, a ring gives each rank all keys in turn, and both together are USP (Fang & Zhao 2024, arXiv:2405.07719).
 """
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mmfunc.kernels import attend
-from mmfunc.shard.collectives import cut, gather, padded
+from mmfunc.shard.collectives import cut, exchange, gather, padded
 from mmfunc.shard.layout import P, relayout
 from mmfunc.shard.mesh import ROWS
 from mmfunc.shard.ring import ring
-from mmfunc.shard.use import block, folded, length, local, using
+from mmfunc.shard.rows import folded, length, local
+from mmfunc.shard.use import apart, block, image, using
 
 RING, ULYSSES = ("ring",), ("ulysses",)
 ROWWISE, HEADWISE = P(None, ULYSSES, None), P(None, None, ULYSSES)  # [B, S, H, K] beside what other axes divide
@@ -85,6 +88,39 @@ def to_rows(y: Tensor, sizes: Sizes) -> Tensor:
         return torch.cat(own, 1)
     x = torch.cat([t.unflatten(1, (n, -1)) for t in own], 2).flatten(1, 2)
     return relayout(x, HEADWISE, ROWWISE, net)
+
+
+def by_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All patches of some heads, of what ranks have of patches with all heads: [m, H, K] -> [P, H / n, K], by one
+    exchange. So ranks share the work of a vision tower evenly, whatever the sizes of its images are."""
+    net = using().net
+    x = exchange(torch.stack(tensors, 2), 1, 0, net.axes(ROWS), net)
+    return folded(x, 0, back=True).narrow(0, 0, block().rows[0]).unbind(2)
+
+
+def by_rows(y: Tensor, heads: int) -> Tensor:
+    """The reverse: [P, H / n, K] -> this rank's patches of so many heads, [m, H, K]."""
+    net = using().net
+    y = folded(padded(y, 0, length(len(y))), 0)
+    return exchange(y, 0, 1, net.axes(ROWS), net).narrow(1, 0, heads)
+
+
+SPACE, TIME = P(None, None, ROWS), P(None, ROWS, None)  # of [B, T, S, D]; blocks find it divided along space
+
+
+def along(fn: Callable[[Tensor], Tensor], x: Tensor, dim: Literal[1, 2]) -> Tensor:
+    """fn, [N, L, D] -> [N, L, D], of the sequences in time (dim 1) or in space (2) of x [B, T, S, D].
+
+    For those in space, what ranks have in parts is switched to time, and back, by one exchange each (Zhao et al. 2024,
+    arXiv:2403.10266).
+    """
+    net, sides = using() and using().net, image()
+    frames, switch = x.shape[1], sides is not None and dim == 2
+    x = relayout(x, SPACE, TIME, net).narrow(2, 0, sides.height) if switch else x
+    with apart() if sides else nullcontext():
+        y = x.transpose(1, 3 - dim)
+        y = fn(y.flatten(0, 1)).unflatten(0, y.shape[:2]).transpose(1, 3 - dim)
+    return relayout(y, TIME, SPACE, net).narrow(1, 0, frames) if switch else y
 
 
 def _each(sizes: Sizes) -> list[int]:

@@ -139,7 +139,7 @@ def _box(s: Spec, dim: int, axes: Axes, net: Net) -> tuple[int, int]:
 def _copies(axes: Axes, net: Net) -> tuple[int, int]:
     n, i = 1, 0
     for a, at in zip(AXES, net.at):
-        if a not in axes:
+        if a not in axes and a != "pp":  # a stage has its own parameters
             n, i = n * net.size((a,)), i * net.size((a,)) + at
     return n, i
 

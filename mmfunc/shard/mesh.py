@@ -1,6 +1,7 @@
 """A mesh: how many ranks each axis has, and the process groups of a world that has so many."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import combinations
 from math import prod
 from typing import Literal
@@ -12,6 +13,7 @@ from torch import Tensor
 AXES = "pp", "data", "fsdp", "ep", "ring", "ulysses", "tp"  # neighbours along the last axis are closest
 BATCH = "data", "fsdp", "ep"  # axes along which samples are divided
 ROWS = "ring", "ulysses"  # axes along which sequences are divided
+FOREVER = timedelta(days=30)  # of a collective: whoever watches the ranks knows what takes too long
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class Net:
         """The name of the process group of a product of axes."""
         return self.groups[self.axes(axes)]
 
+    def processes(self, axes: tuple[str, ...]) -> dist.ProcessGroup:
+        """That group itself."""
+        return dist.distributed_c10d._resolve_process_group(self.group(axes))
+
 
 def connect(mesh: Mesh, device: str | torch.device = "cpu") -> Net:
     """Make the process groups of a mesh; each rank of an initialised torch.distributed calls this."""
@@ -94,15 +100,26 @@ def connect(mesh: Mesh, device: str | torch.device = "cpu") -> Net:
                          + (f"{' or '.join(fits)} would fit" if fits else f"start {mesh.world}"))
     sizes = [getattr(mesh, a) for a in AXES]
     ranks = torch.arange(world).view(sizes)
-    wide = [a for a in AXES if getattr(mesh, a) > 1]
-    groups = {axes: _group(ranks, axes) for n in range(1, len(wide) + 1) for axes in combinations(wide, n)}
+    groups = {axes: _group(ranks, axes) for axes in products(mesh)}
     rank = dist.get_rank() if dist.is_initialized() else 0
     at = (ranks == rank).nonzero()[0]
     return Net(mesh, groups, tuple(at.tolist()), at.to(device))
+
+
+def abstract(mesh: Mesh, rank: int = 0) -> Net:
+    """A mesh on ranks that do not run: enough to see from shapes what one of them would do."""
+    at = torch.stack(torch.unravel_index(torch.tensor(rank), [getattr(mesh, a) for a in AXES]))
+    return Net(mesh, {axes: "+".join(axes) for axes in products(mesh)}, tuple(at.tolist()), at)
+
+
+def products(mesh: Mesh) -> list[tuple[str, ...]]:
+    """The products of axes that have more than one rank."""
+    wide = [a for a in AXES if getattr(mesh, a) > 1]
+    return [axes for n in range(1, len(wide) + 1) for axes in combinations(wide, n)]
 
 
 def _group(ranks: Tensor, axes: tuple[str, ...]) -> str:
     """This rank's group of a product of axes; all ranks make all groups, in one order."""
     dims = [AXES.index(a) for a in axes]
     rows = ranks.movedim(dims, list(range(-len(dims), 0))).reshape(-1, prod(ranks.shape[d] for d in dims))
-    return dist.new_subgroups_by_enumeration(rows.tolist())[0].group_name
+    return dist.new_subgroups_by_enumeration(rows.tolist(), FOREVER)[0].group_name

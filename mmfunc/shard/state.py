@@ -2,6 +2,7 @@
 it is the identity. Leaves are found by name."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,47 @@ def place(params: Tree) -> Tree:
 def whole(params: Tree) -> Tree:
     """The parameters that ranks have in parts; all ranks call this."""
     now = using()
-    return params if now is None else _each(lambda t, s: layout.whole(t, s, s.store, now.net), params)
+    if now is None:
+        return params
+    found = _each(lambda t, s: layout.whole(t, s, s.store, now.net), params)
+    return _filled(found, now) if now.held else found
+
+
+def _filled(params: Tree, now: Use) -> Tree:
+    """Whole parameters with those of the other stages."""
+    flat, (rank, group) = tree.flatten(params), staged()
+    kinds = {n: kind for said in everyone({n: t.dtype for n, t in flat.items()}) for n, kind in said.items()}
+    for n, s in specs(kinds).items():
+        own = n in flat and now.held[n][0] == rank
+        flat[n] = flat[n].contiguous() if own else torch.empty(s.shape, dtype=kinds[n], device=now.net.place.device)
+        dist.broadcast(flat[n], group=group, group_src=now.held[n][0])
+    return tree.unflatten(flat, params)
+
+
+# ---- stages of a pipeline
+
+def staged() -> tuple[int, Any]:
+    """(this rank's place along pp, the process group of the places there; None without such an axis)."""
+    now = using()
+    return (now.net.at[AXES.index("pp")], now.net.processes(("pp",))) if now and now.net.mesh.pp > 1 else (0, None)
+
+
+def hold(holders: dict[str, tuple[int, ...]], ranks: int) -> None:
+    """Tell the mesh in use which places along pp have a parameter from now on."""
+    now = using()
+    if now is None or now.net.mesh.pp == 1:
+        return
+    if now.net.mesh.pp != ranks:
+        raise ValueError(f"the stages lie on {ranks} ranks, the mesh {now.net.mesh} has {now.net.mesh.pp} along pp")
+    now.held = holders
+
+
+def held(params: Tree) -> Tree:
+    """Of parameters those that this rank's stages read, None elsewhere."""
+    now = using()
+    if now is None or not now.held:
+        return params
+    return tree.unflatten({n: t for n, t in tree.flatten(params).items() if staged()[0] in now.held[n]}, params)
 
 
 def pieces(state: Tree) -> dict[str, Piece]:
@@ -51,16 +92,15 @@ def pieces(state: Tree) -> dict[str, Piece]:
 
 
 def _piece(name: str, t: Tensor, now: Use) -> Piece:
-    """Parameters are as they are stored, what the optimizer keeps is divided as its updates; all else is whole."""
+    """Parameters are as they are stored, what the optimizer keeps is divided as its updates; all else is whole. What
+    several stages have, the first of them writes."""
     section, _, rest = name.partition(".")
     known = now.layers[""].specs
-    while section in ("params", "frozen", "opt") and rest:
-        if rest in known:
-            s = known[rest]
-            return layout.piece(s, s.optimize if section == "opt" else s.store, now.net)
+    while section in ("params", "frozen", "opt") and rest and rest not in known:
         rest = rest.rpartition(".")[0]
-    whole = Spec(tuple(t.shape), (1,) * t.ndim, (), *[Layout(((),) * t.ndim)] * 3)
-    return layout.piece(whole, whole.store, now.net)
+    s = known.get(rest) or Spec(tuple(t.shape), (1,) * t.ndim, (), *[Layout(((),) * t.ndim)] * 3)
+    found = layout.piece(s, s.optimize if section == "opt" else s.store, now.net)
+    return found if staged()[0] == now.held.get(rest, (0,))[0] else found._replace(copy=-1)
 
 
 def _ways(flat: dict[str, Tensor], src: str, dst: str) -> dict[str, tuple[Spec, Layout, Layout]]:
@@ -73,8 +113,23 @@ def ready(params: Tree) -> Tree:
     if now is None:
         return params
     flat = tree.flatten(params)
-    apart = {n: t for n, t in flat.items() if now.net.mesh.zero < 3 or not any(part.isdigit() for part in n.split("."))}
+    apart = _apart(flat, now)
     return tree.unflatten(flat | layout.gathered(apart, _ways(apart, "store", "compute"), now.net), params)
+
+
+def unready(grads: Tree) -> Tree:
+    """Gradients of what ready gave as those of what it was given: its transpose."""
+    now = using()
+    if now is None:
+        return grads
+    flat = tree.flatten(grads)
+    apart = _apart(flat, now)
+    return tree.unflatten(flat | layout.scattered(apart, _ways(apart, "compute", "store"), now.net), grads)
+
+
+def _apart(flat: dict[str, Tensor], now: Use) -> dict[str, Tensor]:
+    """What is gathered before the loss."""
+    return {n: t for n, t in flat.items() if now.net.mesh.zero < 3 or not any(part.isdigit() for part in n.split("."))}
 
 
 def counted(batch: Tree) -> Tree:
@@ -122,8 +177,9 @@ def squares(grads: dict[str, Tensor]) -> Tensor:
     now, each = using(), [g.float().square().sum() for g in grads.values()]
     if now is None:
         return torch.stack(each).sum()
-    copies = [now.net.size(_missing(s, now)) for s in specs(grads).values()]
-    once = torch.stack([x / n if n > 1 else x for x, n in zip(each, copies)]).sum()
+    copies = [now.net.size(_missing(s, now)) * len(now.held.get(n, (0,))) for n, s in specs(grads).items()]
+    shares = [x / n if n > 1 else x for x, n in zip(each, copies)]  # none in a stage that is frozen
+    once = torch.stack(shares or [torch.zeros((), device=now.net.place.device)]).sum()
     return psum(once, now.net.axes(AXES), now.net)
 
 

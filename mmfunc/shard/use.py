@@ -8,22 +8,20 @@ Samples are divided among data, fsdp and ep. Within blocks the streams of x, its
 among ring, ulysses and, if the mesh says so, tp; embed, head and what stands between stacks see them whole.
 """
 
-import os
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mmfunc import tree
 from mmfunc.shard import layout
-from mmfunc.shard.collectives import Axes, cut, gather, padded, psum, share
+from mmfunc.shard.collectives import Axes, gather, number, psum, share
 from mmfunc.shard.layout import COMPUTE, P, Spec, relayout
-from mmfunc.shard.mesh import AXES, BATCH, ROWS, Mesh, Net, connect
+from mmfunc.shard.mesh import AXES, ROWS, Net
 from mmfunc.tree import Tree
 
 ALL = tuple(a for a in AXES if a != "pp")  # a stage has its own parameters
@@ -42,6 +40,7 @@ class Use:
 
     net: Net
     layers: dict[str, Layer]  # by every prefix of names; "": all
+    held: dict[str, tuple[int, ...]] = field(default_factory=dict)  # places on pp that have a parameter; none: all
 
     @property
     def rows(self) -> Axes:
@@ -49,12 +48,34 @@ class Use:
         return self.net.axes((*ROWS, "tp") if self.net.mesh.sequence else ROWS)
 
 
+@dataclass(frozen=True)
+class Image:
+    """Sides of whole images, or of the frames of a video, of which ranks have rows and all columns.
+
+    Of the frames behind the first one, where they are divided, each rank along ring has as many.
+    """
+
+    height: int
+    width: int
+    axes: Axes  # that divide rows
+    frames: int = 0  # behind the first one, of the whole video; 0: ranks have all of them
+    own: int = 0  # and of each rank
+
+    def at(self, x: Tensor, first: bool) -> "Image":
+        """The same for what a rank has at another resolution."""
+        height, own = self.height * x.shape[-1] // self.width, x.shape[2] - first if self.frames else 0
+        return replace(self, height=height, width=x.shape[-1], own=own, frames=self.frames * own // max(self.own, 1))
+
+
+Rows = tuple[int, ...] | Image
+
+
 @dataclass
 class Block:
     """The block that runs now."""
 
     layer: Layer
-    rows: tuple[int, ...]  # lengths of the streams of x before they were divided; none: they are whole
+    rows: Rows  # lengths of the streams of x before they were divided; none: they are whole
     crossing: bool = False  # its attention reads keys of a context, which is whole
 
 
@@ -70,7 +91,23 @@ def using() -> Use | None:
 def block() -> Block | None:
     """The block that runs now, where the rows of its streams are divided."""
     now = _block[-1]
-    return now if now is not None and now.rows else None
+    return now if now is not None and now.rows and isinstance(now.rows, tuple) else None
+
+
+def image() -> Image | None:
+    """The whole image (or frame) of which the block that runs now finds rows."""
+    now = _block[-1]
+    return now.rows if now is not None and isinstance(now.rows, Image) else None
+
+
+@contextmanager
+def apart():
+    """Within, attention is of what this rank has, though the rows of the block are divided."""
+    _block.append(_block[-1] and Block(_block[-1].layer, ()))
+    try:
+        yield
+    finally:
+        _block.pop()
 
 
 @contextmanager
@@ -88,22 +125,7 @@ def declare(declared: Tree) -> None:
     """Tell the mesh in use what there is to divide."""
     now = _use[-1]
     if now is not None:
-        flat = tree.flatten(declared)
-        now.layers = _layers({n: layout.spec(p, now.net) for n, p in flat.items()})
-
-
-@contextmanager
-def world(mesh: Mesh, device: str | torch.device = "cpu"):
-    """Within, the ranks that torchrun has started are used as a mesh; one rank alone goes on without."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1:
-        dist.init_process_group({"cpu": "gloo", "npu": "hccl"}.get(torch.device(device).type, "nccl"))
-    try:
-        with use(connect(mesh, device) if max(size, mesh.world) > 1 else None):
-            yield
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+        now.layers = _layers({n: layout.spec(p, now.net) for n, p in tree.flatten(declared).items()})
 
 
 def _layers(specs: dict[str, Spec]) -> dict[str, Layer]:
@@ -150,7 +172,8 @@ def enter(x: Tensor, axis: str) -> Tensor:
     now = _use[-1]
     if now is None or block() is None:
         return x
-    return relayout(x, P(None, now.rows), P(None, ROWS), now.net)
+    rows = [None] * (x.ndim - 2)
+    return relayout(x, P(*rows, now.rows), P(*rows, ROWS), now.net)
 
 
 def leave(x: Tensor, axis: str) -> Tensor:
@@ -158,8 +181,9 @@ def leave(x: Tensor, axis: str) -> Tensor:
     now = _use[-1]
     if now is None:
         return x
-    rows = (ROWS, now.rows) if block() is not None else ((), ())
-    return relayout(x, P(None, rows[0], partial=parts(axis)), P(None, rows[1]), now.net)
+    here, there = (ROWS, now.rows) if block() is not None else ((), ())
+    rows = [None] * (x.ndim - 2)
+    return relayout(x, P(*rows, here, partial=parts(axis)), P(*rows, there), now.net)
 
 
 def summed(x: Tensor, axis: str) -> Tensor:
@@ -194,86 +218,34 @@ def each(x: Tensor, axis: str) -> Tensor:
     return gather(x[None], 0, parts(axis), _use[-1].net)
 
 
+def complete(x: Tensor, axis: str) -> Tensor:
+    """The whole of a last dimension that may be divided on a logical axis: logits [..., V / n] -> [..., V]."""
+    axes = parts(axis)
+    return gather(x, x.ndim - 1, axes, _use[-1].net).narrow(-1, 0, size(f"{axis}/1")) if axes else x
+
+
+def heads(cache: dict[str, Tree]) -> dict[str, Tree]:
+    """Empty caches of layers, by path, [rows, slots, G, K], with the heads that this rank has."""
+    now = _use[-1]
+    if now is None or not now.net.axes((COMPUTE["heads"],)):
+        return cache
+    return {path: tree.map(partial(_heads, now.net, now.layers[path]), entry) for path, entry in cache.items()}
+
+
+def _heads(net: Net, layer: Layer, t: Tensor) -> Tensor:
+    groups, k = t.shape[2:]
+    n = net.size((COMPUTE["kv"],))
+    count = share(layer.sizes[f"heads/{k}"] // k if groups % n else groups, n)
+    return t.new_zeros(*t.shape[:2], count, k)
+
+
 def start(n: int, axis: str) -> Tensor | int:
     """The number of the first of this rank's n elements of a logical axis."""
     axes = parts(axis)
     return _use[-1].net.index(axes) * n if axes else 0
 
 
-# ---- rows of sequences
-
-def length(n: int) -> int:
-    """The length to which sequences of n are padded within blocks."""
-    now = _use[-1]
-    parts = now.net.size(now.rows) * (2 if now.net.mesh.ring > 1 else 1)  # a ring has two parts for each rank
-    return share(n, parts) * parts
-
-
-def folded(x: Tensor, dim: int, *, back: bool = False) -> Tensor:
-    """Rows for a ring, in 2n parts: the first and the last one for its first rank, and so on, so that causal attention
-    costs all ranks the same (Brandon et al. 2023, arXiv:2311.09431)."""
-    n = _use[-1].net.mesh.ring
-    if n == 1:
-        return x
-    order = [i for r in range(n) for i in (r, 2 * n - 1 - r)]
-    order = sorted(range(2 * n), key=order.__getitem__) if back else order
-    found = x.unflatten(dim, (2 * n, -1)).unbind(dim)
-    return torch.cat([found[i] for i in order], dim)
-
-
-def spread(x: Tensor, dim: int, axes: Axes) -> Tensor:
-    """This rank's rows of a whole sequence."""
-    x = folded(padded(x, dim, length(x.shape[dim])), dim)
-    return relayout(x, P(*[None] * x.ndim), P(*[None] * dim, axes, *[None] * (x.ndim - 1 - dim)), _use[-1].net)
-
-
-def some(x: Tensor, fill: int = 0) -> Tensor:
-    """Of rows that ranks of one sequence have in common, those that this rank is to work on; `fill` pads."""
-    now = _use[-1]
-    if now is None or not now.net.axes(ROWS):
-        return x
-    return cut(x - fill, 0, ROWS, now.net) + fill if fill else cut(x, 0, ROWS, now.net)
-
-
-def together(x: Tensor) -> Tensor:
-    """The sum over ranks of one sequence, of what they made of some rows each."""
-    return x if _use[-1] is None else psum(x, ROWS, _use[-1].net)
-
-
-def samples(x: Tensor) -> Tensor:
-    """The sum over ranks with different samples."""
-    return x if _use[-1] is None else psum(x, BATCH, _use[-1].net)
-
-
-def split(x: Tree, rows: tuple[int, ...] | None) -> tuple[Tree, tuple[int, ...] | None]:
-    """(this rank's rows of the streams of x, the lengths of the whole ones) before a block; what is split stays."""
-    now = _use[-1]
-    if now is None or rows is not None:
-        return x, rows
-    if not now.rows:
-        return x, ()
-    mine = tree.map(lambda t: spread(t, 1, now.rows) if t.ndim == 3 else t, x)
-    return mine, tuple(t.shape[1] for t in tree.leaves(x) if t.ndim == 3)
-
-
-def joined(x: Tree, rows: tuple[int, ...] | None) -> Tree:
-    """The whole streams of x behind blocks."""
-    if not rows:
-        return x
-    now, sizes = _use[-1], iter(rows)
-    all_ = lambda t: folded(relayout(t, P(None, now.rows), P(None, None), now.net), 1, back=True)
-    return tree.map(lambda t: all_(t).narrow(1, 0, next(sizes)) if t.ndim == 3 else t, x)
-
-
-def local(x: Tensor, dim: int) -> Tensor:
-    """This rank's rows of a whole tensor that has as many as all streams together, or as one of them."""
-    now, dim = _block[-1], dim % x.ndim
-    n = x.shape[dim]
-    sizes = now.rows if n == sum(now.rows) else (n,)
-    if n not in (*now.rows, sum(now.rows)):
-        raise ValueError(f"{n} rows belong to no stream of the block, which have {now.rows}")
-    return torch.cat([spread(t, dim, ROWS) for t in x.split(sizes, dim)], dim)
-
+# ---- blocks
 
 def crossing(context: bool) -> None:
     """Whether what attends next are the rows of x to keys of a context, which is whole, or to each other."""
@@ -281,19 +253,19 @@ def crossing(context: bool) -> None:
         _block[-1].crossing = context
 
 
-def inside(fn: Callable, path: str, rows: tuple[int, ...] | None) -> Callable:
+def inside(fn: Callable, path: str, rows: Rows | None) -> Callable:
     """A block as a function of its layer's parts; it gathers them, so that a policy which runs it again does so too."""
     now = _use[-1]
     return fn if now is None else partial(_run, fn, now.layers[path], rows or ())
 
 
-def _run(fn: Callable, layer: Layer, rows: tuple[int, ...], p: Tree, c: Any, x: Tree, ctx: Tree, *entry: Tree) -> Any:
+def _run(fn: Callable, layer: Layer, rows: Rows, p: Tree, c: Any, x: Tree, ctx: Tree, *entry: Tree) -> Any:
     now = _use[-1]
     if now.net.mesh.zero == 3:
         flat = tree.flatten(p)
         ways = {n: (s, s.store, s.compute) for n, s in layer.specs.items()}
         p = tree.unflatten(layout.gathered(flat, ways, now.net), p)
-    _block.append(Block(layer, rows))
+    _block.append(Block(layer, rows.at(x, number(("ring",), now.net) == 0) if isinstance(rows, Image) else rows))
     try:
         return fn(p, c, x, ctx, *entry)
     finally:
