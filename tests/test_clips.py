@@ -261,7 +261,7 @@ def test_resume_ahead_of_time_and_export(root, tmp_path, kind):
     assert same(final(tmp_path / "c"), final(a.out))
 
     pipe = bundle.load(a.out / "export")
-    mean = checkpoint.restore(a.out / "checkpoints", train.start(a, pictures)[2])[0]
+    mean = checkpoint.restore(a.out / "checkpoints", train.start(a, pictures)[4])[0]
     of = lambda p: p["text"]["weight"] if kind == "flux" else p["text"]["up"]["weight"]
     assert torch.equal(of(pipe.transformer.params), of(train.result(a, mean)))
     assert (a.out / "export" / "text_encoder" / "model.safetensors").exists()

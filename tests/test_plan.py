@@ -202,7 +202,7 @@ def test_xdit_from_1_to_8():
     assert abs(1904.08 / many / 8 - 1904.08 / 337.58 / 8) < 0.05
 
 
-@pytest.mark.parametrize("machine", ["h200", "910b-376t", "910b-313t"])
+@pytest.mark.parametrize("machine", ["h200", *(pytest.param(n, marks=pytest.mark.deep) for n in ("910b-376t", "910b-313t"))])
 def test_wan_scales_to_8192(machine):
     """Weak scaling from 8 devices, as modelled: at least 95 %."""
     model = built("wan:t2v-14b", wan, wan.PRESETS["t2v-14b"])
@@ -249,7 +249,7 @@ def grown(rank: int, world: int, name: str, mesh: Mesh) -> int:
         return resident("VmHWM") - before + tree.nbytes([state["params"], state["opt"], batch])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.deep if n != "qwen2" else ()) for n in MODELS])
 def test_real_ranks_hold_what_was_predicted(name):
     """Four processes, eager, the state and what layers keep divided; within 10 %."""
     mesh, (module, c, flags) = Mesh(fsdp=4), MODELS[name]
@@ -285,8 +285,10 @@ def test_the_program_prints_a_plan_and_draws_it(tmp_path):
     (["--model", "wan:tiny", "--mesh.ep", "2"], "cannot use ep, which divides expert: its parameters are declared with"),
     (["--model", "wan:tiny", "--mesh.pp", "9"], "cannot use pp 9: it has 2 layers"),
     (["--model", "wan:t2v-14b"], r"does not fit: [\d.]+ GiB more than h200 has"),
-    (["--model", "wan:t2v-14b", "--machine", "cpu", "--devices", "2"], r"no plan fits: .* GiB more than there are"),
-    (["--model", "wan:tiny", "--devices", "3", "--batch", "7"], "7 samples of an update cannot be divided among 3"),
+    pytest.param(["--model", "wan:t2v-14b", "--machine", "cpu", "--devices", "2"],
+                 r"no plan fits: .* GiB more than there are", marks=pytest.mark.deep),
+    pytest.param(["--model", "wan:tiny", "--devices", "3", "--batch", "7"],
+                 "7 samples of an update cannot be divided among 3", marks=pytest.mark.deep),
 ])
 def test_errors_say_what_is_wrong(args, said):
     a = program.tyro.cli(program.Args, args=args)
@@ -294,6 +296,7 @@ def test_errors_say_what_is_wrong(args, said):
         program.main(a)
 
 
+@pytest.mark.deep
 def test_the_fastest_plan_fits_and_is_found_soon():
     model, m, start = built("wan:t2v-1.3b", wan, wan.PRESETS["t2v-1.3b"]), MACHINES["910b-376t"], time.process_time()
     best = search.fastest(model, 512, 512, m)
