@@ -132,7 +132,7 @@ def test_bytes_of_zero_1_and_of_a_ring():
     for n in (2, 4):
         step = parts.trace(model.loss, model.declared, model.batch(1), Mesh(ring=n), compute=None)
         layers = sent([w for p in step.parts if p.flow for w in (p.forward, p.backward)])
-        hops = 2 * 2 * (n - 1) + 2 * n  # of k and v, twice; of their gradients
+        hops = 2 * 3 * (n - 1)  # of k and v, twice; of their gradients
         assert layers == {("ring", "all_to_all"): LAYERS * hops * ROW / n}
 
 

@@ -51,8 +51,8 @@ class _Ring(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:
         (q, k, v, own, others, o, lse), (causal, scale, net) = ctx.saved_tensors, ctx.how
         delta = (g.float() * o.float()).sum(-1)
-        dq, dkv = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(torch.stack([k, v]), dtype=torch.float32)
         kv = torch.stack([k, v])
+        dq, dkv = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(kv, dtype=torch.float32)
         for j in range(net.mesh.ring):
             seen, early = _source(others, j, net)
             for a, b, triangle in _pairs(j, causal):
@@ -61,10 +61,14 @@ class _Ring(torch.autograd.Function):
                 more, *rest = _slopes(*mine, *(_take(t, b, early) for t in kv), see, scale)
                 dq = dq + _back(more, a, early)
                 dkv = dkv + torch.stack([_back(t, b, early) for t in rest])
+            if j == 0:
+                home, dkv = dkv, torch.zeros_like(dkv)  # those of this rank's own keys need not go around
+            else:
+                dkv = shift(dkv, "ring", net)
             if j < net.mesh.ring - 1:
                 kv = shift(kv, "ring", net)
-            dkv = shift(dkv, "ring", net)
-        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None, None, None, None
+        dk, dv = home + dkv
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
 
 def _source(others: Tensor, j: int, net: Net) -> tuple[Tensor, Tensor]:
