@@ -18,6 +18,7 @@ from mmfunc import jit, lower, shard, tree
 from mmfunc.nn import chain
 from mmfunc.shard.layout import Layout, Spec, lengths
 from mmfunc.shard.mesh import Mesh, Net, abstract
+from mmfunc.shard.state import in_layer
 from mmfunc.shard.use import ALL
 from mmfunc.signature import named
 from mmfunc.tree import Tree
@@ -204,11 +205,6 @@ def _around(specs: dict[str, Spec], like: dict[str, _Like], net: Net) -> tuple[W
     high = wide + (wide if found else 0) - narrow - left  # sums are taken of all at once
     sync = Work(sent=found, high=high, change=sum(kept.values()) - narrow - left)
     return Work(sent=before, high=copies, change=copies), sync, Work(sent=behind)
-
-
-def in_layer(name: str) -> bool:
-    """Whether a parameter belongs to a layer of a list."""
-    return any(part.isdigit() for part in name.split("."))
 
 
 def _layer(layer: _Layer, remat: jit.Policy | None) -> tuple[Work, Work]:

@@ -129,7 +129,12 @@ def unready(grads: Tree) -> Tree:
 
 def _apart(flat: dict[str, Tensor], now: Use) -> dict[str, Tensor]:
     """What is gathered before the loss."""
-    return {n: t for n, t in flat.items() if now.net.mesh.zero < 3 or not any(part.isdigit() for part in n.split("."))}
+    return {n: t for n, t in flat.items() if now.net.mesh.zero < 3 or not in_layer(n)}
+
+
+def in_layer(name: str) -> bool:
+    """Whether a parameter belongs to a layer of a list."""
+    return any(part.isdigit() for part in name.split("."))
 
 
 def counted(batch: Tree) -> Tree:

@@ -45,7 +45,8 @@ def index_copy(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
 def index_put(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
     """x with values added (or written) at the places that indices of its first dimensions name."""
     if any(i is None or i.dtype == torch.bool for i in indices):
-        raise NotImplementedError("index_put with a mask, or with a whole dimension in front")
+        raise ValueError("index_put with a mask, or with a whole dimension in front, is not lowered for NPUs: use "
+                         "torch.where, or index the first dimensions by numbers")
     n = len(indices)
     place = torch.zeros_like(indices[0])
     for i, size in zip(indices, x.shape):
@@ -90,7 +91,7 @@ def _given(op: Any, args: tuple, kwargs: dict) -> tuple[dict[str, Any], dict[str
     odd = [k for k in UNUSED if found.get(k) not in (None, "")]
     if found["input_layout"] not in LAYOUTS or odd or not math.isclose(flags["keep_prob"], 1.0):
         said = f"layout {found['input_layout']}, keep_prob {flags['keep_prob']}, {', '.join(odd)}"
-        raise NotImplementedError(f"{op} with {said}")
+        raise ValueError(f"{op} with {said} is not lowered for NPUs; layouts are {', '.join(LAYOUTS)}, without dropout")
     return found, flags | {"head_num": found["head_num"], "input_layout": found["input_layout"]}
 
 
