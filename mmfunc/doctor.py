@@ -6,7 +6,6 @@ Nothing of torch is imported before what it needs was looked at. On a device a t
 compiled, run and compared with the CPU; elsewhere it says what is missing, and what was shown without it.
 """
 
-import ctypes
 import os
 import platform
 import shutil
@@ -15,6 +14,8 @@ import traceback
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+
+import mmfunc
 
 PAIRS = {"2.13": "2.13"}  # torch: torch_npu, which converters were written against
 CANN = "ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"
@@ -33,15 +34,6 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def loads(library: str) -> bool:
-    """Whether the loader finds a library."""
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
 
 
 def software() -> Iterator[Fact]:
@@ -67,9 +59,8 @@ def device() -> Iterator[Fact]:
     yield ("ok", f"driver: {driver}") if driver else ("lacks", f"no driver: there is no {DRIVER}")
     home = next((os.environ[n] for n in CANN if n in os.environ), None)
     yield ("ok", f"CANN at {home}") if home else ("lacks", f"no {CANN[0]}: source CANN's set_env.sh")
-    for library in ("libhccl.so", "libge_runner.so", "libascendcl.so"):
-        if not loads(library):
-            yield "lacks", f"{library} is not found: torch_npu would not load"
+    for library in mmfunc.lacking():
+        yield "lacks", f"{library} is not found: torch_npu would not load"
     for tool, what in (("bisheng", "compiles the Ascend C kernels"), ("npu-smi", "shows the devices")):
         yield ("ok", tool) if shutil.which(tool) else ("warn", f"no {tool}, which {what}")
 
@@ -109,7 +100,7 @@ def trials() -> Iterator[Fact]:
 
 def usable() -> bool:
     """Whether torch_npu loads here, with CANN and not with stand-ins for it, and finds a device."""
-    if version("torch_npu") is None or not loads("libhccl.so") or not any(n in os.environ for n in CANN):
+    if version("torch_npu") is None or mmfunc.lacking() or not any(n in os.environ for n in CANN):
         return False
     import torch
     import torch_npu  # noqa: F401

@@ -1,6 +1,7 @@
 """Lowering for Ascend NPUs by the real torchair, and what its graphs mean: `make test-ascend`, in .venv-ascend."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -358,6 +359,24 @@ def test_the_doctor(tmp_path, capsys):
     assert said == (tmp_path / "report.txt").read_text() and "lacks no NPU" in said and "docs/ascend.md" in said
     with lowering.simulated():
         assert doctor.trial("wan:tiny")[0] == "ok"
+
+
+def test_without_cann():
+    """torch_npu without CANN: one sentence instead of what torch raises; the doctor works, and so does a CPU alone."""
+    lacks = "torch_npu is installed but CANN is not found (libhccl.so, libge_runner.so, libascendcl.so): source"
+    env = {k: v for k, v in os.environ.items() if k not in ("LD_LIBRARY_PATH", "TORCH_DEVICE_BACKEND_AUTOLOAD")}
+
+    def run(*args, **more):
+        return subprocess.run([sys.executable, *args], env=env | more, text=True, capture_output=True)
+
+    failed = run("-c", "import mmfunc.jit")
+    assert failed.returncode and failed.stderr.splitlines()[-1].startswith(f"ImportError: {lacks}")
+    assert "torch_npu/" not in failed.stderr
+    done = run("-m", "mmfunc.doctor")
+    assert not done.returncode and "lacks libhccl.so is not found: torch_npu would not load" in done.stdout
+    use = "import torch; from mmfunc import jit; f = lambda b: jit.jit(lambda x: x + 1, backend=b)(torch.ones(1)).item()"
+    plain = run("-c", f"{use}; print(f('eager')); f('npu')", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert plain.stdout == "2.0\n" and plain.stderr.splitlines()[-1].startswith(f"ImportError: {lacks}"), plain.stderr
 
 
 def test_cost():

@@ -4,4 +4,8 @@ Needs torch_npu: the wheel with CANN on a device, or with the stand-ins of `stub
 mmfunc imports this package before jit is asked for the backend "npu".
 """
 
-import torch_npu  # registers the device, and makes torchair a module
+import mmfunc
+
+mmfunc.needs_cann()  # in one sentence
+
+import torch_npu  # noqa: E402  registers the device, and makes torchair a module
