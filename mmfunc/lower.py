@@ -41,7 +41,7 @@ SENT = {  # bytes that a rank sends for a byte of input, where ranks form a ring
     "all_gather": lambda args, n: n - 1,
     "reduce_scatter": lambda args, n: 1 - 1 / n,
     "all_reduce": lambda args, n: 2 * (1 - 1 / n),
-    "all_to_all": lambda args, n: 1 - min(args[2]) / sum(args[2]),  # its own part stays
+    "all_to_all": lambda args, n: 1 - min(args[2]) / max(sum(args[2]), 1),  # its own part stays
 }
 
 

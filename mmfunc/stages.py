@@ -148,7 +148,8 @@ def _part(fn: jit.Jitted, args: tuple) -> Part:
     ends = {n: v for n, v in tree.flatten(out).items() if isinstance(v, Node)}
     batch = {n: inputs[v][1] for n, v in ends.items() if inputs.get(v, (0,))[0] == 2}
     static = {n: v for n, v in tree.flatten(out).items() if n not in ends}
-    tensors = {n: v.meta["val"] for n, v in ends.items() if n not in batch}
+    # contiguous, as they are sent: a graph that was traced with other strides may be wrong for these
+    tensors = {n: v.meta["val"].contiguous() for n, v in ends.items() if n not in batch}
     flow = Flow(tree.map(lambda _: 0, out), static, batch, tensors, {n for n in tensors if slopes[n]})
     return Part(flow, low.cost()["flops"], inputs, ends)
 

@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmfunc import jit, lora, models, optim, random, relay, shard, tree
+from mmfunc import jit, lora, models, nn, optim, random, relay, shard, tree
 from mmfunc.relay import Plan
 from mmfunc.shard import layout
 from mmfunc.shard.mesh import BATCH, Mesh
-from mmfunc.tree import Tree
+from mmfunc.tree import Param, Tree
 
 PLANS = {
     "data2": Mesh(data=2),
@@ -27,6 +29,8 @@ PLANS = {
     "ring2 ulysses2": Mesh(ring=2, ulysses=2),
     "data2 fsdp2": Mesh(data=2, fsdp=2),
     "fsdp2 ulysses2 tp2": Mesh(fsdp=2, ulysses=2, tp=2),
+    "ep2": Mesh(ep=2),
+    "fsdp2 ep2 tp2": Mesh(fsdp=2, ep=2, tp=2),
     "pp2": Mesh(pp=2),
     "pp2 interleaved": Mesh(pp=2),
     "pp2 zero-bubble": Mesh(pp=2),
@@ -37,10 +41,18 @@ PLANS = {
     "pp2 tp2+sp": Mesh(pp=2, tp=2, sequence=True),
     "pp2 ulysses2": Mesh(pp=2, ulysses=2),
     "pp2 ring2": Mesh(pp=2, ring=2),
+    "pp2 zero1": Mesh(pp=2, fsdp=2, zero=1),
+    "pp2 ep2": Mesh(pp=2, ep=2),
+    "pp2 fsdp2 tp2": Mesh(pp=2, fsdp=2, tp=2),
+    "pp2 tp2 ulysses2": Mesh(pp=2, tp=2, ulysses=2),
+    "pp2 data2 tp2": Mesh(pp=2, data=2, tp=2),
+    "pp2 ep2 tp2": Mesh(pp=2, ep=2, tp=2),
+    "pp2 zero1 ring2": Mesh(pp=2, fsdp=2, ring=2, zero=1),
 }
 ONE = Plan()
 STAGES = {"pp2 interleaved": Plan(virtual=2), "pp2 zero-bubble": Plan("zero-bubble"), "pp2 fsdp2": Plan("zero-bubble"),
-          "pp2 tp2+sp": Plan("gpipe"), "pp2 ring2": Plan("1f1b", recompute=True)}
+          "pp2 tp2+sp": Plan("gpipe"), "pp2 ring2": Plan("1f1b", recompute=True), "pp2 zero1": Plan("zero-bubble"),
+          "pp2 tp2 ulysses2": Plan("zero-bubble"), "pp2 zero1 ring2": Plan(virtual=2)}
 SAMPLES = 4
 
 
@@ -62,7 +74,7 @@ def redrawn(declared: Tree) -> Tree:
             return torch.tensor(0.5)
         x = random.normal(random.fold_in(random.key(7), name), p.shape)
         if len(p.shape) > 1:
-            return x * (0.5 if "embed" in name else p.shape[-1] ** -0.5)
+            return x * (0.5 if "embed" in name else prod(p.shape[1 if len(p.shape) > 3 else -1 :]) ** -0.5)
         return 1 + 0.15 * x if "norm" in name and name.endswith("weight") or "span" in name else 0.1 * x
     return tree.unflatten({n: one(n, p) for n, p in tree.flatten(declared).items()}, declared)
 
@@ -167,6 +179,49 @@ def encoder(name: str, **change: Any) -> Case:
     return Case(module, c, redrawn(module.params(c)), loss, batch)
 
 
+def autoencoder(name: str, *shape: int) -> Case:
+    """Rows, and frames, that do not divide."""
+    module, c = models.get(name)
+    x = draw(1, SAMPLES, c.channels, *shape)
+    batch = lambda which: {"pixel_values": x[which], "num_items_in_batch": torch.tensor(len(which))}
+    return Case(module, c, redrawn(module.params(c)), module.loss, batch)
+
+
+def router(p: Tree, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(weights, numbers) of the two best experts of each token."""
+    weight, ids = torch.softmax(nn.linear(p, x), -1).topk(2, -1)
+    return weight / weight.sum(-1, keepdim=True), ids
+
+
+def sparse(p: Tree, c: Any, x: Tensor, ctx: Tree) -> Tensor:
+    """A layer of experts behind attention; ctx: room, and a list for what experts get, if it is to be known."""
+    q, k, v = nn.qkv(p["self"], x, 6)
+    x = x + nn.merge(p["self"], nn.attend(q, k, v))
+    weight, ids = router(p["router"], x)
+    to = shard.routes(ids, 5, ctx["room"])
+    h = torch.relu(torch.bmm(shard.dispatch(x, to), p["up"].transpose(1, 2)))
+    y = shard.combine(shard.summed(torch.bmm(h, p["down"].transpose(1, 2)), "mlp"), to, weight)
+    ctx.get("counts", []).append(to.counts.detach())
+    return x + y
+
+
+EXPERTS = {"blocks": [{"self": nn.Attention(12, 2, 6), "router": nn.Linear(12, 5, "embed -> _"),
+                       "up": Param((5, 16, 12), "expert mlp embed"),
+                       "down": Param((5, 12, 16), "expert embed mlp")}] * 2}
+
+
+def mixture() -> Case:
+    """Numbers of experts and of rows that do not divide."""
+    all_ = {"x": draw(1, SAMPLES, 7, 12), "want": draw(2, SAMPLES, 7, 12)}
+    chain = nn.Chain(lambda p, c, b: (b["x"], {"room": None}), (("blocks", sparse),), lambda p, c, x, ctx: x)
+
+    def loss(p: Tree, c: Any, batch: dict) -> Tensor:
+        return (chain(p, c, batch) - batch["want"]).square().sum() / batch["num_items_in_batch"]
+
+    batch = lambda which: {k: v[which] for k, v in all_.items()} | {"num_items_in_batch": torch.tensor(len(which))}
+    return Case(SimpleNamespace(params=lambda c: EXPERTS), None, redrawn(EXPERTS), loss, batch)
+
+
 CASES = {
     "qwen2": lambda: language("qwen2:tiny"),
     "qwen2 odd": lambda: language("qwen2:tiny", heads=3, kv_heads=1, width=48, hidden=45, vocab=151, tied=True),
@@ -181,6 +236,9 @@ CASES = {
     "umt5": lambda: encoder("t5:tiny-umt5", heads=3),
     "clip": lambda: encoder("clip:tiny-text"),
     "clip vision": lambda: encoder("clip:tiny-vision"),
+    "sd_vae": lambda: autoencoder("sd_vae:tiny", 20, 12),
+    "wan_vae": lambda: autoencoder("wan_vae:tiny", 13, 24, 8),
+    "experts": mixture,
 }
 
 

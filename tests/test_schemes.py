@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfunc import generate, jit, models, nn, random, shard, tree
 from mmfunc.shard import layout
-from mmfunc.tree import Param, Tree
+from mmfunc.tree import Tree
 
-D, E, F, K = 12, 5, 16, 2  # width, experts, hidden channels, experts of a token
+D, E, K = 12, 5, 2  # width, experts, experts of a token
 PLANS = {2: [shard.Mesh(ulysses=2), shard.Mesh(ring=2)],
          4: [shard.Mesh(ring=2, ulysses=2), shard.Mesh(fsdp=2, ulysses=2)]}
 
@@ -54,8 +54,6 @@ def autoencoder(name: str) -> tuple:
     """(family, Config, parameters, pixels), float64."""
     module, c = models.get(name)
     params = meshes.redrawn(module.params(c))
-    drawn = lambda t: t * (t.shape[-1] / t[0].numel()) ** 0.5 if t.ndim > 3 and t[0].numel() > 1 else t
-    params = tree.map(drawn, params)
     return module, c, tree.map(torch.Tensor.double, params), meshes.draw(1, 2, *SHAPES[name]).double()
 
 
@@ -242,38 +240,15 @@ def test_fewer_key_heads_than_ranks():
 
 # ---- experts
 
-def router(p: Tree, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(weights, numbers) of the best experts of each token."""
-    weight, ids = torch.softmax(nn.linear(p, x), -1).topk(K, -1)
-    return weight / weight.sum(-1, keepdim=True), ids
-
-
-def sparse(p: Tree, c: None, x: Tensor, ctx: Tree) -> Tensor:
-    """A layer of experts behind attention."""
-    q, k, v = nn.qkv(p["self"], x, 6)
-    x = x + nn.merge(p["self"], nn.attend(q, k, v))
-    weight, ids = router(p["router"], x)
-    to = shard.routes(ids, E, ctx["room"])
-    h = torch.relu(torch.bmm(shard.dispatch(x, to), p["up"].transpose(1, 2)))
-    y = shard.combine(shard.summed(torch.bmm(h, p["down"].transpose(1, 2)), "mlp"), to, weight)
-    ctx["counts"].append(to.counts.detach())
-    return x + y
-
-
 def dense(p: Tree, c: None, x: Tensor, ctx: Tree) -> Tensor:
     """The same by all experts for all tokens."""
     q, k, v = nn.qkv(p["self"], x, 6)
     x = x + nn.merge(p["self"], nn.attend(q, k, v))
-    weight, ids = router(p["router"], x)
+    weight, ids = meshes.router(p["router"], x)
     each = torch.einsum("bsef,edf->bsed", torch.relu(torch.einsum("bsd,efd->bsef", x, p["up"])), p["down"])
     kept = torch.zeros(*x.shape[:2], E).scatter(-1, ids, weight)
     ctx["counts"].append((kept > 0).sum((0, 1)).float())
     return x + (each * kept[..., None]).sum(2)
-
-
-BLOCK = {"self": nn.Attention(D, 2, 6), "router": nn.Linear(D, E, "embed -> _"),
-         "up": Param((E, F, D), "expert mlp embed"), "down": Param((E, D, F), "expert embed mlp")}
-MIXTURE = {"blocks": [BLOCK] * 2}
 
 
 def mixture(layer, room: int | None = None):
@@ -299,11 +274,11 @@ def mixed(rank: int, world: int, params: Tree, batch: Tree, want: tuple, each: T
     for mesh in MIXED[world]:
         net = shard.connect(mesh)
         mine = meshes.samples(mesh, rank)
-        loss, counts = mixture(sparse)
+        loss, counts = mixture(meshes.sparse)
         own = {k: v[mine] for k, v in batch.items()} | {"num_items_in_batch": torch.tensor(len(mine))}
         with shard.use(net):
             own = shard.counted(own)
-        found = whole_gradients(net, MIXTURE, loss, params, own)
+        found = whole_gradients(net, meshes.EXPERTS, loss, params, own)
         out[str(mesh)] = apart(found, want), torch.equal(torch.stack(counts), each)
     return out
 
@@ -311,10 +286,10 @@ def mixed(rank: int, world: int, params: Tree, batch: Tree, want: tuple, each: T
 @pytest.mark.parametrize("world", MIXED)
 def test_experts_equal_the_dense_computation(world):
     """Experts, hidden channels and rows that do not divide; the router learns the same, and the counts are of all."""
-    params = meshes.redrawn(MIXTURE)
+    params = meshes.redrawn(meshes.EXPERTS)
     batch = {"x": meshes.draw(1, 4, 7, D), "want": meshes.draw(2, 4, 7, D)}
     loss, counts = mixture(dense)
-    want = whole_gradients(None, MIXTURE, loss, params, batch | {"num_items_in_batch": 4})
+    want = whole_gradients(None, meshes.EXPERTS, loss, params, batch | {"num_items_in_batch": 4})
     assert all(g.abs().max() > 1e-3 for n, g in want[1].items() if n.endswith(("router.weight", "up", "down")))
     assert [int(c.sum()) for c in counts] == [4 * 7 * K] * 2
     for found in mesh_ranks.run(mixed, world, params, batch, want, torch.stack(counts)):
@@ -343,7 +318,7 @@ def across(p: Tree, c: None, x: Tensor, ctx: Tree) -> Tensor:
     return x + nn.mlp(p["mlp"], x)
 
 
-VIDEO = {"blocks": [{"time": nn.Attention(D, 2, 6), "space": nn.Attention(D, 2, 6), "mlp": nn.MLP(D, F)}] * 2}
+VIDEO = {"blocks": [{"time": nn.Attention(D, 2, 6), "space": nn.Attention(D, 2, 6), "mlp": nn.MLP(D, 16)}] * 2}
 SPATIAL = nn.Chain(lambda p, c, b: (b["x"], {}), (("blocks", across),), lambda p, c, x, ctx: x)
 SWITCHED = {2: [shard.Mesh(ulysses=2), shard.Mesh(tp=2)],
             4: [shard.Mesh(ring=2, ulysses=2), shard.Mesh(ulysses=4), shard.Mesh(ulysses=2, tp=2, sequence=True)]}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import mesh_ranks
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mmfunc import checkpoint, jit, models, optim, shard, tree
+from mmfunc import checkpoint, hub, jit, keys, models, nn, optim, shard, tree
 from mmfunc.shard import P, collectives, relayout, ring
+from mmfunc.shard.mesh import abstract
 
 
 def shift(x: Tensor, axis: str, net: shard.Net) -> Tensor:
@@ -61,7 +63,7 @@ SPREAD = {  # cases on real ranks in every run of the tests; all of them: tests/
     "qwen2 head": ("pp2 fsdp2",),
     "qwen2vl": ("tp2", "data2 fsdp2"), "wan i2v": ("zero2", "tp2+sp ulysses2"), "wan odd": ("tp2",),
     "flux": ("ulysses2", "fsdp2 tp2", "pp2 interleaved"), "t5": ("data2",), "umt5": ("ring2 ulysses2",), "clip": ("tp2+sp",),
-    "clip vision": ("fsdp2",),
+    "clip vision": ("fsdp2",), "experts": ("pp2 ep2",), "sd_vae": ("pp2 zero1",), "wan_vae": ("ring2",),
 }
 SIMULATED = [("qwen2", "fsdp2 ulysses2 tp2"), ("flux", "ring2 ulysses2"), ("wan", "tp2+sp ulysses2")]
 
@@ -231,6 +233,69 @@ def test_saved_on_one_mesh_read_on_another(name, tmp_path):
 READING = ("--model {0}/model --data {0}/data/train.jsonl --rows.tokens 28 --rows.patches 128 --rows.attention 64 "
            "--batch 2 --accumulate 2")
 DRAWING = "--model {0}/flux --data {0}/drawings --clips.sizes 8x8 --ema 0.9 --batch 4"
+
+
+def summed(rank, world):
+    """How often the gradients of bf16 parameters are not the rounded sum of ranks' gradients, by dtype of the sum, and
+    how far the sums of gradients of whole bf16 parameters are from it."""
+    slopes = meshes.draw(1, world, 96, 64).bfloat16()
+    exact, out, declared = slopes.double().sum(0), {}, {"map": nn.Linear(64, 96, bias=False)}
+    for how in ("fp32", "own"):
+        with shard.use(shard.connect(shard.Mesh(fsdp=world, zero=2, reduce=how)), declared):
+            part = shard.place({"map": {"weight": torch.zeros(96, 64).bfloat16()}})
+            value = lambda p: (shard.ready(p)["map"]["weight"] * slopes[rank]).sum()
+            found = shard.whole(jit.value_and_grad(value)(part)[1])["map"]["weight"]
+            assert found.dtype == torch.bfloat16
+            out[how] = (found != exact.bfloat16()).float().mean().item()
+        with shard.use(shard.connect(shard.Mesh(data=world, reduce=how)), declared):
+            found = shard.sync({"map.weight": slopes[rank]})["map.weight"]
+            out[f"{how} data"] = (found - exact).abs().max().item()
+    return out
+
+
+def test_bf16_gradients_are_summed_in_float32():
+    """Rounded once where parameters are bf16; in bf16 a fifth of the sums would be others."""
+    for found in mesh_ranks.run(summed, 4):
+        assert found["fp32"] < 1e-3 and found["own"] > 0.2, found
+        assert found["fp32 data"] < 1e-6 and found["own data"] > 1e-3, found
+
+
+class Counted:
+    """Part of a file, of which what is read is written down."""
+
+    def __init__(self, part, read):
+        self.part, self.read = part, read
+
+    def __getitem__(self, at):
+        x = self.part[at]
+        self.read.append(x.nbytes)
+        return x
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2 odd", "qwen2vl", "wan i2v", "flux"])
+def test_a_rank_reads_its_part_of_a_folder(name, tmp_path, monkeypatch):
+    """The bits that it would place of the whole, and no byte more, but of tensors that have another shape there."""
+    one, opened, read = meshes.case(name), hub._opened, []
+    models.export(tmp_path / "a", one.module, one.c, one.params)
+
+    def counted(file, stack):
+        shapes, reader = opened(file, stack)
+        return shapes, lambda n: Counted(reader(n), read)
+
+    monkeypatch.setattr(hub, "_opened", counted)
+    flat = tree.flatten(one.params)
+    turned = {n for n, p in keys.lookup(flat, models.table(one.module, one.c)).items() if p.shape}
+    for plan in ("fsdp2", "zero1", "tp2", "fsdp2 tp2"):
+        mesh, shares = meshes.PLANS[plan], []
+        for rank in range(mesh.world):
+            with shard.use(abstract(mesh, rank), one.module.params(one.c)):
+                read.clear()
+                found, want = tree.flatten(models.load(tmp_path / "a", parts=True)[2]), tree.flatten(shard.place(one.params))
+                own = {n: prod(b.stop - b.start for b in box) for n, box in shard.boxes(flat).items()}
+            assert found.keys() == want.keys() and all(torch.equal(t, want[n]) for n, t in found.items())
+            assert sum(read) == 4 * sum(flat[n].numel() if n in turned else size for n, size in own.items())
+            shares.append(sum(read) / sum(t.nbytes for t in flat.values()))
+        assert max(shares) < {"fsdp2": 0.55, "zero1": 1.01, "tp2": 0.8, "fsdp2 tp2": 0.45}[plan], shares
 
 
 def program(root, out, *more, ranks=1, what=READING):

@@ -19,7 +19,7 @@ from mmfunc.shard import schedule
 from mmfunc.shard.schedule import Action, build, places, simulate
 
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("1f1b", 2), ("zero-bubble", 1)]
-FAMILIES = ["qwen2", "qwen2 odd", "qwen2 lora", "qwen2vl", "flux", "wan", "wan i2v", "t5", "clip"]
+FAMILIES = ["qwen2", "qwen2 odd", "qwen2 lora", "qwen2vl", "flux", "wan", "wan i2v", "t5", "clip", "sd_vae", "experts"]
 MICRO = [[0], [1], [2], [3], [1]]  # five micro-batches, no multiple of the ranks
 THEIRS = {"forward": "F", "backward": "B", "input": "I", "weight": "W", "send": "SEND_F", "receive": "RECV_F",
           "send_back": "SEND_B", "receive_back": "RECV_B"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from mmfunc import keys, nn
+from mmfunc import diffusion, keys, nn
 from mmfunc.tree import Tree
 
 
@@ -183,8 +183,8 @@ def restore(c: Config, z: Tensor) -> Tensor:
 
 
 def loss(p: Tree, c: Config, batch: dict[str, Tensor]) -> Tensor:
-    """Mean squared error of pixel_values [B, C, Y, X] decoded from the mean of their latents."""
-    return (forward(p, c, batch) - batch["pixel_values"]).square().mean()
+    """Error of pixel_values [B, C, Y, X] decoded from the mean of their latents, as diffusion.mean_error has it."""
+    return diffusion.mean_error(forward(p, c, batch), batch["pixel_values"], batch)
 
 
 def KEYS(c: Config) -> keys.Table:  # here: in the vae folder of the diffusers pipelines

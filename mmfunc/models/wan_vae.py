@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
-from mmfunc import keys, nn
+from mmfunc import diffusion, keys, nn
 from mmfunc.tree import Param, Tree, ones
 
 MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922,
@@ -258,9 +258,10 @@ def restore(c: Config, z: Tensor) -> Tensor:
 
 
 def loss(p: Tree, c: Config, batch: dict[str, Tensor]) -> Tensor:
-    """Mean squared error of pixel_values [B, C, T, Y, X] decoded, without clamping, from the mean of their latents."""
+    """Error of pixel_values [B, C, T, Y, X] decoded, without clamping, from the mean of their latents, as
+    diffusion.mean_error has it."""
     check(c, batch["pixel_values"])
-    return (forward(p, c, batch) - batch["pixel_values"]).square().mean()
+    return diffusion.mean_error(forward(p, c, batch), batch["pixel_values"], batch)
 
 
 def KEYS(c: Config) -> keys.Table:  # here: in the vae folder of Wan-AI/Wan2.1-*-Diffusers
