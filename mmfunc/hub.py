@@ -86,11 +86,12 @@ def _opened(file: Path, stack: ExitStack) -> tuple[dict[str, tuple[int, ...]], C
 
 
 def read(folder: Path, params: Tree, table: keys.Table, *, spellings: dict[str, str] | None = None,
-         dtype: torch.dtype | None = None, wide: str | None = None, device: str = "cpu") -> Tree:
+         dtype: torch.dtype | None = None, wide: str | None = None, device: str = "cpu",
+         boxes: keys.Boxes | None = None) -> Tree:
     """The tensors that params declare, read by slices; every tensor on both sides must find its place.
 
     spellings: other prefixes of their names and what they stand for. dtype: None keeps the file's; wide: a rule over
-    our names, whose tensors get 32 bits when the dtype has fewer.
+    our names, whose tensors get 32 bits when the dtype has fewer. boxes: which part of each is wanted.
     """
     declared = tree.flatten(params)
     more = lambda name: dtype and wide and re.search(wide, name)
@@ -107,11 +108,11 @@ def read(folder: Path, params: Tree, table: keys.Table, *, spellings: dict[str, 
                 shapes[said], readers[said], real[said] = shape, reader, name
         keys.check(declared, places, shapes)
         get = lambda name: readers[name](real[name])
-        out = {name: t.to(device=device, dtype=kind(name, t)) for name, t in keys.load(declared, places, get)}
+        out = {name: t.to(device=device, dtype=kind(name, t)) for name, t in keys.load(declared, places, get, boxes)}
         claimed = {p.name for p in places.values()}
         for name, place in places.items():
             if place.copy in shapes and place.copy not in claimed and not torch.equal(
-                    get(place.copy)[...].to(device, out[name].dtype), out[name]):
+                    get(place.copy)[(boxes or {}).get(name, ...)].to(device, out[name].dtype), out[name]):
                 raise ValueError(f"{place.copy} in {folder} differs from {place.name}, to which the config ties it")
     return tree.unflatten(out, params)
 

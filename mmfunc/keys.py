@@ -44,6 +44,7 @@ class Copied:
 
 
 Table = dict[str, str | Cut | View | Copied]
+Boxes = dict[str, tuple[slice, ...]]  # by our name, a slice of each dimension
 
 
 class Place(NamedTuple):
@@ -135,17 +136,19 @@ def check(params: dict[str, Param], places: dict[str, Place], shapes: dict[str, 
 
 
 def load(
-    params: dict[str, Param], places: dict[str, Place], read: Callable[[str], Tensor]
+    params: dict[str, Param], places: dict[str, Place], read: Callable[[str], Tensor], boxes: Boxes | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor) one by one, each with storage of its own; read(name) gives what can be sliced like a
-    tensor."""
+    """(our name, tensor) one by one, each with storage of its own; read(name) gives what can be sliced like a tensor.
+    boxes: which part of ours is wanted, if not all of it; of a View all of theirs is read."""
     for name, place in places.items():
-        shape = params[name].shape
-        if place.whole:
-            yield name, read(place.name)[...].reshape(shape).clone()
-        else:
-            at = [slice(None)] * place.dim + [slice(place.start, place.start + shape[place.dim])]
-            yield name, read(place.name)[tuple(at)].clone()
+        box = [*(boxes or {}).get(name, [slice(0, n) for n in params[name].shape])]
+        if place.shape:
+            yield name, read(place.name)[...].reshape(params[name].shape)[tuple(box)].clone()
+            continue
+        if not place.whole:
+            at = box[place.dim]
+            box[place.dim] = slice(at.start + place.start, at.stop + place.start)
+        yield name, read(place.name)[tuple(box) or ...].clone()
 
 
 def export(tensors: dict[str, Tensor], places: dict[str, Place]) -> Iterator[tuple[str, Tensor]]:

@@ -70,9 +70,8 @@ def start(a: Args, task: Any) -> tuple[Any, Any, Any, Any, dict]:
     declared = family.params(c)
     if a.lora.rank:
         declared = lora.LoRA(declared, a.lora.rank, a.lora.where or task.LORA, a.lora.alpha)
-        params = tree.merge(params, tree.init(tree.select(declared, r"\.lora_"), random.key(a.seed)))
-    shard.declare(declared)
-    params = shard.place(params)
+        shard.declare(declared)
+        params = tree.merge(params, shard.place(tree.init(tree.select(declared, r"\.lora_"), random.key(a.seed))))
     trained = tree.select(params, lora.TRAINED if a.lora.rank else a.train)
     rate = optim.warmup(a.warmup, optim.cosine(a.lr, max(a.steps - a.warmup, 1), 0.01 * a.lr))
     parts = [optim.clip(a.clip), optim.adamw(0.9, 0.98), optim.decay(a.decay), optim.scale(rate)]

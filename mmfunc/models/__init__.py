@@ -7,8 +7,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mmfunc import hub, keys
+from mmfunc import hub, keys, shard, tree
 from mmfunc.tree import Tree
 
 HUB = {  # model_type in config.json, or diffusers' _class_name: family
@@ -59,12 +60,21 @@ def spellings(module: ModuleType, c: Any) -> dict[str, str]:
     return found(c) if callable(found) else found
 
 
-def load(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[ModuleType, Any, Tree]:
+def load(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu", *, parts: bool = False
+         ) -> tuple[ModuleType, Any, Tree]:
     """(family, Config, parameters) of a hub folder; dtype None keeps that of the file. Where a family has a rule WIDE,
-    what it matches gets no dtype below float32."""
+    what it matches gets no dtype below float32. parts: as shard.place gives them, and no more is read."""
     module, c = family(folder)
-    return module, c, hub.read(folder, module.params(c), table(module, c), spellings=spellings(module, c), dtype=dtype,
-                               wide=getattr(module, "WIDE", None), device=device)
+    boxes = shard.boxes(tree.flatten(module.params(c))) if parts else None
+    params = hub.read(folder, module.params(c), table(module, c), spellings=spellings(module, c), dtype=dtype,
+                      wide=getattr(module, "WIDE", None), device=device, boxes=boxes)
+    return module, c, shard.filled(params) if parts else params
+
+
+def start(folder: Path, module: ModuleType, c: Any, key: Tensor | None) -> Tree:
+    """What training starts from, this rank's part of it in float32: random parameters by a key, or the folder's."""
+    shard.declare(module.params(c))
+    return load(folder, torch.float32, parts=True)[2] if key is None else shard.place(tree.init(module.params(c), key))
 
 
 def export(folder: Path, module: ModuleType, c: Any, params: Tree, *, like: Path | None = None,

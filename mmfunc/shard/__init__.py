@@ -16,8 +16,10 @@ from mmfunc.shard.mesh import AXES, Mesh, Net, connect
 from mmfunc.shard.rows import joined, local, samples, some, split, together
 from mmfunc.shard.state import (
     alone,
+    boxes,
     counted,
     everyone,
+    filled,
     held,
     hold,
     mine,

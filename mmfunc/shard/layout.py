@@ -5,12 +5,12 @@ An axis of a declaration may have a unit, "heads/64": its parts are whole multip
 padded with zeros, which stay zero: a padded head or hidden channel meets zero weights on both sides.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfunc.shard.collectives import Axes, cut, exchange, gather, psum, scatter, share
+from mmfunc.shard.collectives import Axes, cut, exchange, gather, padded, psum, scatter, share
 from mmfunc.shard.mesh import AXES, Net
 from mmfunc.tree import Param
 
@@ -100,6 +100,13 @@ def place(x: Tensor, s: Spec, layout: Layout, net: Net) -> Tensor:
     for dim, axes in enumerate(layout.dims):
         for a in axes:
             x = cut(x, dim, (a,), net, _unit(s, dim, a))
+    return x
+
+
+def filled(x: Tensor, s: Spec, layout: Layout, net: Net) -> Tensor:
+    """This rank's part, from what it has of the whole tensor without padding."""
+    for dim, axes in enumerate(layout.dims):
+        x = padded(x, dim, lengths(s, dim, axes, net)[-1])
     return x
 
 

@@ -23,9 +23,9 @@ class Rows:
 
 
 def load(a: Any, key: Tensor) -> tuple[Any, Any, Tree]:
-    """(family, Config, parameters), random ones from scratch."""
+    """(family, Config, this rank's part of the parameters), random ones from scratch."""
     family, c = models.family(a.model)
-    return family, c, tree.init(family.params(c), key) if a.scratch else models.load(a.model, torch.float32)[2]
+    return family, c, models.start(a.model, family, c, key if a.scratch else None)
 
 
 def batches(a: Any, family: Any, c: Any) -> data.Batches:

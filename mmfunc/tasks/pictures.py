@@ -33,10 +33,10 @@ class Clips:
 
 
 def load(a: Any, key: Tensor) -> tuple[Any, Any, Tree]:
-    """(family, Config, parameters) of the transformer, random ones from scratch."""
-    part = bundle.load(a.model, () if a.scratch else ("transformer",), torch.float32).transformer
-    params = tree.init(part.family.params(part.config), key) if a.scratch else part.params
-    return part.family, part.config, params
+    """(family, Config, this rank's part of the parameters) of the transformer, random ones from scratch."""
+    part = bundle.load(a.model, ()).transformer
+    return part.family, part.config, models.start(Path(a.model) / "transformer", part.family, part.config,
+                                                  key if a.scratch else None)
 
 
 def sizes(said: tuple[str, ...]) -> list[clips.Size]:
