@@ -121,6 +121,17 @@ def test_bytes_are_those_of_the_formulas(scheme):
         assert abs(sum(sent(layers).values()) / formula(n) - 1) < 0.05, n
 
 
+@pytest.mark.parametrize("reduce,size", [("fp32", 4), ("own", 2)])
+def test_bytes_of_bf16(reduce, size):
+    """Parameters are gathered twice in two bytes each; gradients are summed in four, or in two where one says so."""
+    model = built("qwen2:wide", qwen2, WIDE, tokens=S)
+    for n in (2, 1024):
+        step = parts.trace(model.loss, model.declared, model.batch(1), Mesh(fsdp=n, reduce=reduce), compute=torch.bfloat16,
+                           remat="nothing")
+        layers = [w for p in step.parts if p.flow for w in (p.forward, p.backward)]
+        assert abs(sum(sent(layers).values()) / (P * (n - 1) / n * (2 * 2 + size)) - 1) < 0.05, n
+
+
 def test_bytes_of_zero_1_and_of_a_ring():
     """Gradients are scattered and parameters gathered; keys and values go around once forward and once backward, with
     their gradients, which come home."""

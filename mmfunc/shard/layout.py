@@ -175,12 +175,31 @@ def gathered(flat: dict[str, Tensor], layouts: dict[str, tuple[Spec, Layout, Lay
     out = {n: t for n, t in flat.items() if dims[n] is None}
     for names in _by({n: (t.dtype, t.requires_grad) for n, t in flat.items() if n not in out}):
         parts = [flat[n].movedim(dims[n], 0) for n in names]
-        rows = gather(torch.cat([t.reshape(-1) for t in parts])[None], 0, ("fsdp",), net)
+        row = torch.cat([t.reshape(-1) for t in parts])[None]
+        rows = _Gather.apply(row, net) if row.requires_grad and wide(row, net) else gather(row, 0, ("fsdp",), net)
         for n, t, y in zip(names, parts, rows.split([t.numel() for t in parts], 1)):
             s, src, _ = layouts[n]
             size = lengths(s, dims[n], src.dims[dims[n]], net)[-2]
             out[n] = y.reshape(-1, *t.shape[1:])[:size].movedim(0, dims[n])
     return {n: out[n] for n in flat}
+
+
+def wide(x: Tensor, net: Net) -> bool:
+    """Whether gradients like x are cast to float32 before they are summed over ranks."""
+    return net.mesh.reduce == "fp32" and x.is_floating_point() and x.element_size() < 4
+
+
+class _Gather(torch.autograd.Function):
+    """What ranks along fsdp have; gradients are summed in float32, and rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, net: Net) -> Tensor:
+        ctx.net = net
+        return gather(row, 0, ("fsdp",), net)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return scatter(g.float(), 0, ("fsdp",), ctx.net).to(g.dtype), None
 
 
 def scattered(flat: dict[str, Tensor], layouts: dict[str, tuple[Spec, Layout, Layout]], net: Net) -> dict[str, Tensor]:

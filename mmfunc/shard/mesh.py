@@ -29,6 +29,7 @@ class Mesh:
     ep: int = 1  # samples, within layers of experts those
     zero: Literal[1, 2, 3] = 3  # what fsdp divides: 1 the optimizer's state, 2 parameters too, 3 gathered by layer
     sequence: bool = False  # tp divides sequences too, where it divides nothing else
+    reduce: Literal["fp32", "own"] = "fp32"  # dtype in which ranks' gradients are summed; own: that of the computation
 
     @property
     def world(self) -> int:

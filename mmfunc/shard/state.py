@@ -182,8 +182,10 @@ def sync(grads: dict[str, Tensor]) -> dict[str, Tensor]:
     if now is None:
         return grads
     ways = _ways(grads, "store", "optimize")
-    grads = layout.scattered(grads, ways, now.net)
-    return layout.summed(grads, {n: _missing(s, now) for n, (s, _, _) in ways.items()}, now.net)
+    axes = {n: _missing(s, now) for n, (s, _, _) in ways.items()}
+    alone = lambda n: ways[n][1] == ways[n][2] and not axes[n]
+    grads = {n: g if alone(n) or not layout.wide(g, now.net) else g.float() for n, g in grads.items()}
+    return layout.summed(layout.scattered(grads, ways, now.net), axes, now.net)
 
 
 def _missing(s: Spec, now: Use) -> tuple[str, ...]:
