@@ -6,7 +6,9 @@ accumulation. So resuming is a number.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
-from mmfunc import data, diffusion, media, random, shard
+from mmfunc import data, diffusion, features, media, random, shard
 from mmfunc.records import Record
 
 Size = tuple[int, int, int]
@@ -84,7 +86,7 @@ class Batches(Dataset):
     """Global batches by number: (micro-batches, facts). A pure function of the number; on a mesh a rank has its part of
     each micro-batch.
 
-    source: features.Ahead or Online. extra: what each batch holds besides, by name.
+    source: features.Ahead or online.Online. extra: what each batch holds besides, by name.
     """
 
     def __init__(self, source: Any, plan: Plan, extra: dict[str, float] | None = None):
@@ -114,20 +116,26 @@ class Batches(Dataset):
             at -= n
         raise AssertionError
 
-    def draw(self, size: int, position: int, bad: list[dict]) -> tuple[str, dict[str, Tensor], tuple[int, int]]:
-        """(id, tensors, (epoch, index)) of the sample at a position among those of a size; one that cannot be used is
-        noted, and another taken that depends on the position only."""
+    def turn(self, size: int, position: int, attempt: int = 0) -> tuple[int, int]:
+        """(epoch, index) of the sample at a position among those of a size; another one for each attempt."""
         members = self.members[size]
         epoch, at = divmod(position, len(members))
+        epoch += attempt * 1_000_003
+        return epoch, members[data.order(self.plan.seed, epoch, len(members), at)]
+
+    def draw(self, size: int, positions: list[int], bad: list[dict], take: Callable) -> list[tuple]:
+        """(id, tensors, (epoch, index)) of the samples at positions; one that cannot be used is noted, and another
+        taken that depends on the position only. take: indices -> samples, or errors."""
+        found: dict[int, tuple] = {}
         for attempt in range(10):
-            turn = epoch + attempt * 1_000_003
-            index = members[data.order(self.plan.seed, turn, len(members), at)]
-            try:
-                name, tensors = self.source[index]
-            except (ValueError, OSError) as e:
-                bad.append({"index": index, "reason": str(e)})
-                continue
-            return name, tensors, (turn, index)
+            turns = {p: self.turn(size, p, attempt) for p in positions if p not in found}
+            for (p, at), got in zip(turns.items(), take([i for _, i in turns.values()])):
+                if isinstance(got, Exception):
+                    bad.append({"index": at[1], "reason": str(got)})
+                else:
+                    found[p] = *got, at
+            if len(found) == len(positions):
+                return [found[p] for p in positions]
         raise ValueError(f"no usable sample after 10 tries; the last: {bad[-1]['reason']}")
 
     def noised(self, found: list[tuple], size: int) -> dict[str, Tensor]:
@@ -144,15 +152,46 @@ class Batches(Dataset):
         return batch | {"noise": random.normal(noise, tuple(latents.shape[1:])).to(latents.dtype),
                         "t": diffusion.draw(p.times, time, shift=p.shifts[size] if p.shifts else None)}
 
-    def __getitem__(self, number: int) -> tuple[list[dict[str, Tensor]], dict]:
+    def positions(self, number: int) -> tuple[int, list[int]]:
+        """The size of a batch, and where among the samples of that size this rank's lie."""
         size, turn = self.which(number)
-        bad: list[dict] = []
         start, step = turn * self.update[size], self.micro[size] // self.parts
         first = range(start + self.part * step, start + self.update[size], self.micro[size])
-        found = [self.draw(size, a + i, bad) for a in first for i in range(step)]
+        return size, [a + i for a in first for i in range(step)]
+
+    def __getitem__(self, number: int) -> tuple[list[dict[str, Tensor]], dict]:
+        return self._batch(number, lambda which: [features.attempt(self.source.__getitem__, i) for i in which])
+
+    @property
+    def early(self) -> Dataset:
+        """What a loader makes: batches, or what ranks need to encode them together."""
+        return Early(self) if getattr(self.source, "ranks", 1) > 1 else self
+
+    def together(self, number: int, facts: dict) -> tuple[list[dict[str, Tensor]], dict]:
+        """A batch of which a loader made `facts`; all ranks with the same samples call this."""
+        return self._batch(number, partial(self.source.several, pixels=facts["pixels"]))
+
+    def _batch(self, number: int, take: Callable) -> tuple[list[dict[str, Tensor]], dict]:
+        size, positions = self.positions(number)
+        bad: list[dict] = []
+        found, step = self.draw(size, positions, bad, take), self.micro[size] // self.parts
         count = {"num_items_in_batch": torch.tensor(float(len(found)))}
         micro = []
         for a in range(0, len(found), step):
             batch = self.noised(found[a : a + step], size) | count
             micro.append(batch | {n: torch.full((len(batch["t"]),), v) for n, v in self.extra.items()})
         return micro, {"ids": [name for name, _, _ in found], "bad": bad, "tokens": 0, "samples": len(found)}
+
+
+@dataclass
+class Early(Dataset):
+    """Of batches that ranks encode together, the pixels that this rank is to encode, by number."""
+
+    batches: Batches
+
+    def __getitem__(self, number: int) -> tuple[list[dict[str, Tensor]], dict]:
+        b = self.batches
+        size, positions = b.positions(number)
+        pixels = b.source.ahead([b.turn(size, p)[1] for p in positions])
+        shapes = [{"size": torch.empty(0, *b.source.sizes[size])}]
+        return shapes, {"ids": [], "bad": [], "tokens": 0, "samples": 0, "pixels": pixels}

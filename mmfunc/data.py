@@ -180,9 +180,9 @@ def stream(
     batches: Batches, start: int, stop: int, workers: int = 0
 ) -> Iterator[tuple[int, list[dict[str, Tensor]], dict]]:
     """(number, micro-batches, facts) for the numbers from start to stop; the same for any number of loader
-    processes."""
-    loader = DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers,
-                        prefetch_factor=4 if workers else None, worker_init_fn=_steady)
+    processes. Where batches have facts["pixels"], batches.together(number, facts) completes them."""
+    loader = DataLoader(getattr(batches, "early", batches), batch_size=None, sampler=range(start, stop),
+                        num_workers=workers, prefetch_factor=4 if workers else None, worker_init_fn=_steady)
     for number, (micro, facts) in zip(range(start, stop), loader):
         yield number, micro, facts
 

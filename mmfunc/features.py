@@ -7,7 +7,6 @@ once. index.json comes last: a folder without it is not finished, and writing go
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,14 @@ def finite(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def attempt(fn: Callable, *args: Any) -> Any:
+    """What fn gives, or a ValueError that says why a sample cannot be used."""
+    try:
+        return fn(*args)
+    except (ValueError, OSError) as e:
+        return ValueError(str(e))
+
+
 def write_part(folder: Path, number: int, rows: Iterable[Row]) -> int:
     """Write one part; the number of its samples."""
     folder = Path(folder)
@@ -84,7 +91,7 @@ def begin(folder: Path, said: dict[str, Any]) -> int:
     return done(folder)
 
 
-def write(folder: Path, source: "Online", parts: Sequence[int], size: int, each: Callable = map) -> int:
+def write(folder: Path, source: Any, parts: Sequence[int], size: int, each: Callable = map) -> int:
     """Write parts of so many samples; how many samples could not be used. each: map, or what lets ranks take turns.
 
     Samples that cannot be used are noted; more than a hundredth of all are a ValueError.
@@ -104,7 +111,7 @@ def write(folder: Path, source: "Online", parts: Sequence[int], size: int, each:
     return len(bad)
 
 
-def _usable(source: "Online", which: range, bad: list[dict]) -> Iterator[Row]:
+def _usable(source: Any, which: range, bad: list[dict]) -> Iterator[Row]:
     """Encoded samples; those that cannot be used are noted."""
     for i in which:
         try:
@@ -177,54 +184,6 @@ class Ahead:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"open": {}}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Within, torch computes on one thread, as in a loader's process: some sums on the CPU depend on the number."""
-    was = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(was)
-
-
-class Online:
-    """The same by number from records, encoded when they are asked for."""
-
-    def __init__(self, rows: Any, place: list[int], sizes: list[tuple], encode: Callable, words: Callable):
-        """encode(record, size) -> own tensors, words(caption) -> tensors; place: each record's size."""
-        self.rows, self.place, self.sizes, self.encode, self.words = rows, place, sizes, encode, words
-        self.known: dict[str, dict[str, Tensor]] = {}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def text(self, caption: str) -> dict[str, Tensor]:
-        """The features of a caption; the latest thousand are kept."""
-        if caption not in self.known:
-            if len(self.known) >= 1000:
-                self.known.pop(next(iter(self.known)))
-            with one_thread():
-                self.known[caption] = finite(f"the caption {caption!r}", self.words(caption))
-        return self.known[caption]
-
-    def row(self, i: int) -> Row:
-        """What a part is written from."""
-        r = self.rows[i]
-        size, said = self.sizes[self.place[i]], caption(r)
-        with one_thread():
-            own = finite(r.id, self.encode(r, size))
-        return {"id": r.id, "size": list(size)}, own, said, self.text(said)
-
-    def __getitem__(self, i: int) -> tuple[str, dict[str, Tensor]]:
-        row, own, _, words = self.row(i)
-        return row["id"], own | words
-
-    def empty(self) -> dict[str, Tensor]:
-        """The features of an empty caption."""
-        return self.text("")
 
 
 def caption(r: Any) -> str:

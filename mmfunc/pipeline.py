@@ -7,6 +7,7 @@ what a sample becomes does not depend on the others in its batch where it is pre
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import exp, prod
 from typing import Any
 
@@ -20,7 +21,7 @@ from mmfunc.sampler import Table
 from mmfunc.tree import Tree
 
 __all__ = ["PARTS", "Part", "Pipeline", "Plan", "adapted", "check", "conditions", "defaults", "export", "keys_of",
-           "latents", "load", "pixels", "plan", "sample", "scratch", "shape", "texts"]
+           "latents", "load", "pixels", "plan", "readers", "sample", "scratch", "shape", "texts"]
 
 SHIFTS = {"flow_euler": "shift", "flow_heun": "shift", "unipc": "flow_shift", "dpm": "flow_shift"}  # samplers of flows
 RESOLUTION = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # FLUX's
@@ -49,18 +50,24 @@ def texts(pipe: Pipeline, said: Sequence[str], length: int | None = None, *, str
     length: tokens for the transformer, fewer than the default. What is longer is cut, and told as by check; strict
     None: it is not told.
     """
-    recipe, rows = recipes.of(pipe.kind), []
-    lengths = _lengths(pipe, length)
+    each = readers(pipe, length)
     if strict is not None:
         check(pipe, said, length, strict=strict)
-    for prompt in map(recipe.clean, said):
-        row = {}
-        for (part, words), encoder, n in zip(pipe.text, recipe.text, lengths):
-            batch, _ = prompts.encode(words, [prompt], n)
-            device = tree.leaves(part.params)[0].device
-            row |= encoder.features(part, batch["input_ids"].to(device), batch["attention_mask"].to(device))
-        rows.append(row)
+    rows = [{k: x for read in each for k, x in read(prompt).items()} for prompt in said]
     return {k: torch.cat([r[k] for r in rows]) for k in rows[0]}
+
+
+def readers(pipe: Pipeline, length: int | None = None) -> list[Callable[[str], dict[str, Tensor]]]:
+    """What each text encoder makes of a prompt, [1, ...] under the transformer's names."""
+    recipe = recipes.of(pipe.kind)
+
+    @torch.no_grad()
+    def read(part: Part, words: prompts.Prompts, encoder: recipes.Encoder, n: int, prompt: str) -> dict[str, Tensor]:
+        batch, _ = prompts.encode(words, [recipe.clean(prompt)], n)
+        ids = batch["input_ids"].to(tree.leaves(part.params)[0].device)
+        return encoder.features(part, ids, batch["attention_mask"])
+
+    return [partial(read, *text, *how) for text, *how in zip(pipe.text, recipe.text, _lengths(pipe, length))]
 
 
 def _lengths(pipe: Pipeline, length: int | None) -> tuple[int, ...]:

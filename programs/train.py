@@ -117,6 +117,7 @@ def run(a: Args, job: shard.Job) -> int:
         save = lambda n: _save(saver, n, state, meta, log, job)
         stream = _timed(data.stream(source, done, a.steps, a.workers), log, watch)
         for number, micro, facts in job.steps(stream, done, save, ahead=a.backend != "eager"):
+            micro, facts = _complete(source, number, micro, facts, log, watch)
             with log.time("compute"):
                 losses = []  # each micro-batch's part of the update's
                 for batch in [micro] if a.mesh.pp > 1 else micro:
@@ -151,6 +152,15 @@ def run(a: Args, job: shard.Job) -> int:
 
 
 def result(a: Args, state: tree.Tree) -> tree.Tree:
+def _complete(source: Any, number: int, micro: list, facts: dict, log: metrics.Log, watch: data.Watch) -> tuple:
+    """(micro-batches, facts) of a batch that ranks with the same samples may have to encode together."""
+    if "pixels" in facts:
+        with log.time("data_wait"):
+            micro, facts = source.together(number, facts)
+        watch(number, facts)
+    return micro, facts
+
+
     """The whole parameters that training has arrived at, or their running mean."""
     return shard.whole(tree.merge(optim.averaged(state), state["frozen"]) if a.ema else optim.full(state))
 

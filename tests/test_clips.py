@@ -1,6 +1,7 @@
 """Captioned pictures and videos as batches, and diffusion training end to end: exact resume, ahead of time = online."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -22,6 +23,7 @@ from kills import final, same
 from safetensors.torch import load_file
 
 from mmfunc import bundle, checkpoint, clips, data, diffusion, features, media, models, records
+from mmfunc.online import Encoder, Online
 from mmfunc.tasks import pictures
 
 
@@ -97,8 +99,7 @@ def test_damaged_videos_are_told_and_replaced(kind, tmp_path):
             media.frames(source, 30, 8)
     film(tmp_path / "good.mp4")
     rows = [records.Record(n, [{"role": "assistant", "content": "x"}], [], [tmp_path / n]) for n in (name, "good.mp4")]
-    encoded = features.Online(rows, [0, 0], [(30, 16, 16)], lambda r, size: {"latents": clips.pixels(r, size, 8.0)},
-                              lambda said: {"words": torch.ones(1)})
+    encoded = online(rows, (30, 16, 16), lambda r, size: clips.pixels(r, size, 8.0), 1.0)
     micro, facts = clips.Batches(encoded, clips.Plan((2,), drop=0.0))[0]
     assert facts["ids"] == ["good.mp4"] * 2 and micro[0]["latents"].shape == (2, 3, 30, 16, 16)
     assert facts["bad"] and all(re.search(match, b["reason"]) and b["index"] == 0 for b in facts["bad"])
@@ -160,6 +161,12 @@ def test_captions_beside_videos(tmp_path, name):
         (tmp_path / "prompt.txt").write_text("a digit\nanother\n")
         with pytest.raises(ValueError, match=r"prompt.txt has 2 lines, .*videos.txt has 1"):
             records.open(tmp_path)
+
+
+def online(rows, size, read, words):
+    """Records of one size, encoded as they are."""
+    return Online(rows, [0] * len(rows), [size], read, [Encoder(lambda x: {"latents": x}, math.prod)],
+                           [Encoder(lambda said: {"words": torch.tensor([words])}, len)])
 
 
 class Fake:
@@ -300,8 +307,7 @@ class Broken:
 
 def test_values_that_are_not_finite(tmp_path):
     """In latents that are encoded now, in features, and in a caption's: the sample is named, and another taken."""
-    encoded = lambda words: features.Online(Broken(), [0, 0], [(1, 1, 1)], lambda r, size: {
-        "latents": r.images[0].expand(1, 1, 1)}, lambda said: {"words": torch.tensor([words])})
+    encoded = lambda words: online(Broken(), (1, 1, 1), lambda r, size: r.images[0].expand(1, 1, 1), words)
     with pytest.raises(ValueError, match="0: latents has values that are not finite"):
         encoded(1.0).row(0)  # so encode.py leaves it out
     with pytest.raises(ValueError, match="the caption 'x': words has values that are not finite"):

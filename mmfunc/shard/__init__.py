@@ -12,7 +12,7 @@ from mmfunc.shard.context import along, attention, by_heads, by_rows
 from mmfunc.shard.experts import Routes, combine, dispatch, routes
 from mmfunc.shard.halo import around, everywhere, first, groupnorm, later, parted
 from mmfunc.shard.layout import Layout, P, Piece, relayout
-from mmfunc.shard.mesh import AXES, Mesh, Net, connect
+from mmfunc.shard.mesh import AXES, PEERS, Mesh, Net, connect
 from mmfunc.shard.rows import joined, local, samples, some, split, together
 from mmfunc.shard.state import (
     alone,
@@ -24,6 +24,7 @@ from mmfunc.shard.state import (
     hold,
     mine,
     part,
+    peers,
     pieces,
     place,
     rank,

@@ -13,9 +13,10 @@ from mmfunc.shard.mesh import ROWS
 from mmfunc.shard.use import use, using
 
 
-def plan(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Which items each rank does: the dearest first, each by the rank that has least to do (Graham 1969)."""
-    loads, own = [0.0] * ranks, [[] for _ in range(ranks)]
+def plan(costs: Sequence[float], ranks: int, loads: Sequence[float] = ()) -> list[list[int]]:
+    """Which items each rank does: the dearest first, each by the rank that has least to do (Graham 1969); loads: what
+    each has to do besides."""
+    loads, own = [*loads] or [0.0] * ranks, [[] for _ in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         r = min(range(ranks), key=loads.__getitem__)
         loads[r] += costs[i]

@@ -13,6 +13,7 @@ from torch import Tensor
 AXES = "pp", "data", "fsdp", "ep", "ring", "ulysses", "tp"  # neighbours along the last axis are closest
 BATCH = "data", "fsdp", "ep"  # axes along which samples are divided
 ROWS = "ring", "ulysses"  # axes along which sequences are divided
+PEERS = tuple(a for a in AXES if a not in BATCH)  # along which ranks have the same samples
 FOREVER = timedelta(days=30)  # of a collective: whoever watches the ranks knows what takes too long
 
 
@@ -28,8 +29,8 @@ class Mesh:
     pp: int = 1  # layers
     ep: int = 1  # samples, within layers of experts those
     zero: Literal[1, 2, 3] = 3  # what fsdp divides: 1 the optimizer's state, 2 parameters too, 3 gathered by layer
-    sequence: bool = False  # tp divides sequences too, where it divides nothing else
     reduce: Literal["fp32", "own"] = "fp32"  # dtype in which ranks' gradients are summed; own: that of the computation
+    sequence: bool = False  # tp divides sequences too, where it divides nothing else
 
     @property
     def world(self) -> int:

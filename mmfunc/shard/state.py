@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mmfunc import tree
 from mmfunc.shard import layout
-from mmfunc.shard.collectives import psum
+from mmfunc.shard.collectives import number, psum
 from mmfunc.shard.layout import Layout, Piece, Spec
-from mmfunc.shard.mesh import AXES, BATCH
+from mmfunc.shard.mesh import AXES, BATCH, PEERS
 from mmfunc.shard.use import ALL, Use, use, using
 from mmfunc.tree import Tree
 
@@ -239,18 +239,20 @@ def alone(fn: Callable, *args: object) -> None:
 def part() -> tuple[int, int]:
     """(number of this rank's part of the samples, parts in all)."""
     now = using()
-    if now is None:
-        return 0, 1
-    i = 0
-    for a, at in zip(AXES, now.net.at):
-        i = i * getattr(now.net.mesh, a) + at if a in BATCH else i
-    return i, now.net.size(BATCH)
+    return (number(BATCH, now.net), now.net.size(BATCH)) if now else (0, 1)
 
 
-def everyone(said: object) -> list:
-    """What each rank says."""
-    if using() is None:
+def peers() -> tuple[int, int]:
+    """(number of this rank among those with the same samples, how many they are)."""
+    now = using()
+    return (number(PEERS, now.net), now.net.size(PEERS)) if now else (0, 1)
+
+
+def everyone(said: object, axes: tuple[str, ...] = AXES) -> list:
+    """What each rank says, along some axes."""
+    now = using()
+    if now is None or not now.net.axes(axes):
         return [said]
-    out = [None] * using().net.mesh.world
-    dist.all_gather_object(out, said)
+    out = [None] * now.net.size(axes)
+    dist.all_gather_object(out, said, now.net.processes(axes))
     return out

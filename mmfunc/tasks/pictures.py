@@ -3,14 +3,15 @@
 import json
 import math
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mmfunc import bundle, clips, diffusion, features, lora, models, pipeline, recipes, records, render, tree
+from mmfunc import bundle, clips, diffusion, features, lora, models, pipeline, prompts, recipes, records, render, tree
+from mmfunc.online import Encoder, Online, flops
 from mmfunc.recipes import Part
 from mmfunc.records import Record
 from mmfunc.tree import Tree
@@ -56,18 +57,55 @@ def made(model: Path, a: Clips) -> dict[str, Any]:
     return {"encoders": features.digest(*there), "sizes": [list(s) for s in sizes(a.sizes)], "fps": a.fps}
 
 
-def encode(pipe: bundle.Pipeline, fps: float, r: Record, size: clips.Size) -> dict[str, Tensor]:
-    """A sample's own features, ahead of time or online: latents, and what image-to-video models see."""
+def read(pipe: bundle.Pipeline, fps: float, r: Record, size: clips.Size) -> Tensor:
+    """The pixels of a sample; of a model of videos a picture is a video of one frame."""
     c = pipe.transformer.config
     x = clips.pixels(r, size, fps, 3 if pipe.vae else c.channels)
-    x = x.unsqueeze(1) if x.ndim < len(recipes.of(pipe.kind).patch(c)) + 1 else x  # a picture as a video of one frame
-    out = {"latents": pipeline.latents(pipe, x[None])[0]}
-    if getattr(c, "condition", 0):
-        out |= {k: v[0] for k, v in pipeline.conditions(pipe, x[None, :, 0], size[0]).items()}
+    return x.unsqueeze(1) if x.ndim < len(recipes.of(pipe.kind).patch(c)) + 1 else x
+
+
+def bare(part: Part | None) -> Part | None:
+    """A part with parameters that have shapes only."""
+    return part and replace(part, params=tree.map(lambda t: t.to("meta"), part.params))
+
+
+def lookers(pipe: bundle.Pipeline) -> list[Encoder]:
+    """What makes a sample's own features: latents, and what image-to-video models see."""
+    still, empty = len(recipes.of(pipe.kind).patch(pipe.transformer.config)) == 2, replace(pipe, vae=bare(pipe.vae))
+
+    @cache
+    def cost(size: clips.Size) -> int:  # of both: the VAE runs on as many frames
+        return flops(pipeline.latents, empty, torch.empty(1, 3, *size[still:], device="meta"))
+
+    first = lambda found: {k: v[0] for k, v in found.items()}
+    out = [Encoder(lambda x: {"latents": pipeline.latents(pipe, x[None])[0]}, cost)]
+    if getattr(pipe.transformer.config, "condition", 0):
+        seen = lambda x: first(pipeline.conditions(pipe, x[None, :, 0], x.shape[1]))
+        out.append(Encoder(seen, cost))
     return out
 
 
-def online(model: Path, rows: records.Records, a: Clips) -> features.Online:
+def readers(pipe: bundle.Pipeline) -> list[Encoder]:
+    """What makes the features of a caption: the text encoders."""
+    recipe = recipes.of(pipe.kind)
+
+    @cache
+    def ends(i: int) -> tuple[int, int]:
+        """FLOPs for one token, and for as many as there may be."""
+        part, n = bare(pipe.text[i][0]), pipe.lengths[i]
+        ids = torch.zeros(1, n, dtype=torch.int64, device="meta")
+        return tuple(flops(recipe.text[i].features, part, ids, (torch.arange(n) < k)[None].long()) for k in (1, n))
+
+    def cost(i: int, caption: str) -> float:
+        n, (low, high) = pipe.lengths[i], ends(i)
+        mask = prompts.encode(pipe.text[i][1], [recipe.clean(caption)], n)[0]["attention_mask"]
+        return low + (high - low) * (int(mask.sum()) - 1) / max(n - 1, 1)
+
+    first = lambda fn, caption: {k: v[0] for k, v in fn(caption).items()}
+    return [Encoder(partial(first, fn), partial(cost, i)) for i, fn in enumerate(pipeline.readers(pipe))]
+
+
+def online(model: Path, rows: records.Records, a: Clips) -> Online:
     """Samples of records, encoded by the pipeline of a folder when they are asked for."""
     pipe = bundle.load(model, ENCODERS)
     wanted = sizes(a.sizes)
@@ -87,8 +125,7 @@ def online(model: Path, rows: records.Records, a: Clips) -> features.Online:
         except (ValueError, OSError):
             pass  # told when it is drawn
     pipeline.check(pipe, list(said), strict=a.strict)
-    words = lambda caption: {k: v[0] for k, v in pipeline.texts(pipe, [caption], strict=None).items()}
-    return features.Online(rows, place, wanted, partial(encode, pipe, a.fps), words)
+    return Online(rows, place, wanted, partial(read, pipe, a.fps), lookers(pipe), readers(pipe))
 
 
 def ahead(a: Any) -> bool:
@@ -96,7 +133,7 @@ def ahead(a: Any) -> bool:
     return (Path(a.data) / "index.json").exists()
 
 
-def source(a: Any) -> features.Ahead | features.Online:
+def source(a: Any) -> features.Ahead | Online:
     """The samples of a run: features of a folder with index.json, else records."""
     if not ahead(a):
         return online(a.model, records.open(a.data, a.media), a.clips)
