@@ -46,7 +46,8 @@ def write(said: dict[str, Any], folder: Path) -> None:
     parts = [(n, w["fkr"], "#5a8f5a") for n, w in works.items() if "fkr" in w]
     (folder / "roofline.svg").write_text(bars("best possible time of this machine over ours", parts, "", 1))
     peers = [[n, (workloads.WORKS[n].__doc__ or "").strip(), p, seconds(r), "" if p == "mmfunc" else w["ratios"][p],
-              f"{r['compile_cpu_s']:.0f}", f"{r['temporary'] / 2**20:.0f}" if "temporary" in r else "",
+              f"{r['compile_cpu_s']:.0f}" if n == "W1" else "",
+              f"{r['temporary'] / 2**20:.0f}" if "temporary" in r else "",
               f"{r['peak_rss'] / 2**30:.1f}"] for n, w in works.items() for p, r in w["peers"].items()]
     ours = [[n, w.get("gflop", ""), w.get("gflop_per_core_s", ""), w.get("fkr", w.get("read_share", "")),
              w.get("memory", ""), w.get("memory_with_state", "")] for n, w in works.items()]

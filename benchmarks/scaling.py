@@ -140,11 +140,11 @@ def ranks(runs: int = 5) -> dict[str, Any]:
     return {"ranks": [1, n], "seconds": [round(x, 3) for x in found], "efficiency": round(found[0] / found[1], 3)}
 
 
-def measure(rate: float) -> dict[str, Any]:
-    """All of it; rate: samples a second that the loader is asked for."""
-    return {"attention": attention.rows(), "packed": tokens(), "depth": compile_time.depth(), "loader": loader(rate),
-            "ranks": ranks()}
+PARTS = {"attention": attention.rows, "packed": tokens, "depth": compile_time.depth, "loader": loader, "ranks": ranks}
 
 
 if __name__ == "__main__":
-    rank(int(sys.argv[2])) if sys.argv[1:2] == ["rank"] else print(json.dumps(measure(20.0), indent=1))
+    if sys.argv[1:2] == ["rank"]:
+        rank(int(sys.argv[2]))
+    else:
+        print(json.dumps({n: part(*[20.0] * (n == "loader")) for n, part in PARTS.items()}, indent=1))

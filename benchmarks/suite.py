@@ -2,7 +2,8 @@
 
     python benchmarks/suite.py                # all of it, in less than 45 minutes on two cores
     python benchmarks/suite.py --quick        # fewer runs, a warm compile cache; tells what fell by more than 15 %
-    python benchmarks/suite.py --only W3      # one workload, nothing written
+    python benchmarks/suite.py --only W3 ranks               # parts of it, nothing written
+    python benchmarks/suite.py --only W3 --update FILE.json  # and put in the place of what these results have of it
 
 Each peer of a workload is a process of its own (workloads.py); they take turns. Equal losses (1e-4 relative, float32)
 come first. Writes results/<date>-<machine>.json, and from it docs/benchmarks.md with pictures.
@@ -33,8 +34,9 @@ PEERS = {"W1": ("eager", "compiled"), "W2": ("eager", "compiled"), "W3": ("eager
 
 @dataclass(frozen=True)
 class Args:
-    quick: bool = False  # fewer runs, no cold compilations; compared with the last results that were written
-    only: tuple[str, ...] = ()  # workloads; nothing is written
+    quick: bool = False  # fewer runs, no cold compilation of W1; compared with the last results that were written
+    only: tuple[str, ...] = ()  # workloads and parts of scaling.py; nothing is written
+    update: Path | None = None  # results in which to replace what was measured now
     runs: int = 0  # of each peer; 0: 3 when quick, else 7
 
 
@@ -81,7 +83,7 @@ def workload(name: str, runs: int, can: dict[str, float], cold: bool) -> dict[st
         rows = {n: row(times[n]) | p.first | p.ask("") for n, p in peers.items()}
         for p in peers.values():
             p.process.wait()
-        if cold and name == "W1":
+        if cold:
             again = Peer(name, "mmfunc", folder, f"{folder}/mmfunc")
             rows["mmfunc"] |= {f"warm_{k}": v for k, v in again.first.items()}
             again.process.kill()
@@ -112,30 +114,52 @@ def fallen(now: dict, before: dict) -> list[str]:
     return out
 
 
+def measured(a: Args, said: dict[str, Any]) -> list[str]:
+    """Put what is asked for into the results; what failed."""
+    start, failed = time.time(), []
+    for name in a.only or (*PEERS, *(() if a.quick else scaling.PARTS)):
+        try:
+            if name in PEERS:
+                cold = name == "W1" and not a.quick
+                found = workload(name, a.runs or (3 if a.quick else 7), said["limits"], cold)
+                said["workloads"][name] = found
+            else:
+                found = said[name] = scaling.PARTS[name](*[asked(said)] * (name == "loader"))
+        except RuntimeError as e:
+            failed.append(name)
+            print(f"{name} failed: {e}", file=sys.stderr, flush=True)
+            continue
+        short = {k: v for k, v in found.items() if k != "peers"} if name in PEERS else found
+        print(name, f"{time.time() - start:.0f} s", json.dumps(short), flush=True)
+    return failed
+
+
+def asked(said: dict[str, Any]) -> float:
+    """Samples a second that a loader is to give: ten times those of W1, of 4 in a step."""
+    return 10 * 4 / said["workloads"]["W1"]["peers"]["mmfunc"]["median_s"]
+
+
 def main(a: Args) -> int:
-    start, runs = time.time(), a.runs or (3 if a.quick else 7)
-    can = machine.measure(0.3 if a.quick else 1.0)
+    start, can = time.time(), machine.measure(0.3 if a.quick else 1.0)
     print({k: f"{v / 1e9:.1f} G/s" for k, v in can.items()}, flush=True)
-    said = {"date": time.strftime("%Y-%m-%d"), "machine": machine.described(), "versions": scaling.versions(),
-            "command": " ".join(["python", *sys.argv]), "limits": can, "workloads": {}}
-    for name in a.only or PEERS:
-        said["workloads"][name] = workload(name, runs, can, cold=not a.quick and not a.only)
-        found = {k: v for k, v in said["workloads"][name].items() if k != "peers"}
-        print(name, f"{time.time() - start:.0f} s", json.dumps(found), flush=True)
-    if a.only:
-        return 0
-    before = sorted((HERE / "results").glob("*.json"))
-    if a.quick:
+    now = {"date": time.strftime("%Y-%m-%d"), "machine": machine.described(), "versions": scaling.versions(),
+           "command": " ".join(["python", *sys.argv]), "limits": can}
+    said = json.loads(a.update.read_text()) if a.update and a.update.exists() else now | {"workloads": {}}
+    failed = measured(a, said)
+    if a.quick and not a.only:
+        before = sorted((HERE / "results").glob("*.json"))
         wrong = fallen(said, json.loads(before[-1].read_text())) if before else []
         print(*wrong, sep="\n")
-        return 1 if wrong else 0
-    said |= scaling.measure(10 * 4 / said["workloads"]["W1"]["peers"]["mmfunc"]["median_s"])
-    said["minutes"] = round((time.time() - start) / 60, 1)
+        return len(failed + wrong)
+    if failed or (a.only and not a.update):
+        return len(failed)
+    said["minutes"] = round(said.get("minutes", 0) + (time.time() - start) / 60, 1)
     cpu = said["machine"]["cpu"].split()[1].lower()
-    file = HERE / "results" / f"{said['date']}-{cpu}-{said['machine']['cores']}core.json"
+    file = a.update or HERE / "results" / f"{said['date']}-{cpu}-{said['machine']['cores']}core.json"
     file.write_text(json.dumps(said, indent=1) + "\n")
-    page.write(said, HERE.parent / "docs")
-    print(f"wrote {file} and docs/benchmarks.md after {said['minutes']} minutes")
+    if said["workloads"].keys() == PEERS.keys() and said.keys() >= scaling.PARTS.keys():
+        page.write(said, HERE.parent / "docs")
+    print(f"wrote {file}; {said['minutes']} minutes")
     return 0
 
 

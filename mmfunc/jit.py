@@ -24,6 +24,7 @@ from torch._dynamo.utils import counters
 
 from mmfunc import lower, tree
 from mmfunc.grad import Policy, region, remat, standing_in, value_and_grad
+from mmfunc.kernels import wide
 from mmfunc.nn import chain
 from mmfunc.signature import (
     CompileError,
@@ -47,7 +48,8 @@ OPTIONS = {  # of the backends
     # what they are made of: with remat that is up to five times the memory
     "inductor": {"reorder_for_locality": False,
                  # leaves of an update share a few scalars only; to try each pair of them costs minutes of a compilation
-                 "max_fusion_buffer_group_pairwise_attempts": 8},
+                 "max_fusion_buffer_group_pairwise_attempts": 8,
+                 **({"post_grad_custom_pre_pass": wide.Widen()} if wide.slow() else {})},
 }
 
 
@@ -161,6 +163,22 @@ class Jitted:
             self.memo[key] = self._torch(lambda fn, *args: (self._wrap(fn) if wrap else fn)(*args), _name(fn))
         return partial(self.memo[key], fn)
 
+    def _update(self, fn: Callable) -> Callable:
+        """fn, an update of leaves (optim.one), compiled by itself; of a donated state it writes into them at once."""
+        if not self.donate:
+            return self._part(fn)
+
+        def body(fn: Callable, leaves: list, ctx: dict) -> None:
+            overwrite([leaf[:0:-1] for leaf in leaves], fn(leaves, ctx))
+
+        def run(leaves: list, ctx: dict) -> list:
+            self.memo[key](fn, leaves, ctx)
+            return [leaf[:0:-1] for leaf in leaves]
+
+        key = (_code(fn), "update")
+        self.memo[key] = self.memo.get(key) or self._torch(body, "update")
+        return run
+
     def _torch(self, fn: Callable, name: str, guards: Callable | None = None) -> Callable:
         if self.backend == "eager":
             return fn
@@ -171,9 +189,10 @@ class Jitted:
         return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend, options=options)
 
     def _ambient(self) -> Any:
+        parts = {"region": self._part, "update": self._update}
         if self.mode == "block":
-            return standing_in({"region": self._part}, chain.whole(partial(self._part, wrap=True), self._part))
-        parts = {"loss": self._part, "region": self._part} if self.mode == "split" else {}
+            return standing_in(parts, chain.whole(partial(self._part, wrap=True), self._part))
+        parts = parts | {"loss": self._part} if self.mode == "split" else {}
         return standing_in(parts, chain.whole(self._wrap)) if parts or self.remat else nullcontext()
 
     def _build(self, args: tuple) -> Callable:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmfunc import shard, tree
-from mmfunc.jit import region, value_and_grad
+from mmfunc.grad import apart, value_and_grad
 from mmfunc.tree import Tree
 
 Schedule = Callable[[Tensor], Tensor | float]
@@ -238,7 +238,7 @@ def apply(tx: Transform, grads: Tree, state: Tree, value: Tensor) -> tuple[Tree,
     ctx = {"step": state["step"] // tx.every - state["skipped"], "norm": norm, "apply": last & finite, "last": last}
     params, opt = {}, {}
     old = shard.mine(tree.flatten(state["params"]))
-    run = _updates(tx) if torch.compiler.is_compiling() else _update(tx)
+    run = apart((_updates if torch.compiler.is_compiling() else _known)(tx), "update")
     for names in groups(list(flat)):
         given = [(flat[n], kept[n], old[n]) for n in names]
         for n, (p, k) in zip(names, run(given, ctx)):
@@ -265,10 +265,7 @@ def _updates(tx: Transform) -> Callable:
     return lambda leaves, ctx: [one(tx, *leaf, ctx) for leaf in leaves]
 
 
-@cache
-def _update(tx: Transform) -> Callable:
-    """The same function for the same tx, so that a mode which compiles it by itself does so once."""
-    return region(_updates(tx))
+_known = cache(_updates)  # one function for a transformation, so that a mode which compiles it by itself does so once
 
 
 def one(tx: Transform, g: Tensor, kept: Tree, p: Tensor, ctx: dict) -> tuple[Tensor, Tree]:

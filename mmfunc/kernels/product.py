@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from mmfunc.kernels import native
+from mmfunc.kernels import native, wide
 
 FEW = 8  # rows, as in the source
 
@@ -25,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     few = x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel() <= FEW * x.shape[-1]
     if few and x.dtype == weight.dtype == torch.bfloat16 and weight.is_contiguous() and native.available():
         return torch.ops.mmfunc.cpu_matvec(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return wide.call(F.linear, x, weight, bias)
 
 
 @torch.library.impl(_ops, "cpu_matvec", "CPU")

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmfunc import shard
+from mmfunc.kernels import wide
 from mmfunc.tree import Param, Tree, normal, ones
 
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions of the input
@@ -36,7 +37,7 @@ def conv(p: Tree, x: Tensor, *, stride: int | tuple[int, ...] = 1, padding: int 
 
 def _conv(p: Tree, x: Tensor, stride: int | tuple[int, ...] = 1, padding: int | tuple[int, ...] = 0) -> Tensor:
     run = (F.conv1d, F.conv2d, F.conv3d)[p["weight"].ndim - 3]
-    return run(_last(x), p["weight"], p.get("bias"), stride, padding)
+    return wide.call(run, _last(x), p["weight"], p.get("bias"), stride, padding)
 
 
 def _last(x: Tensor) -> Tensor:
@@ -103,8 +104,9 @@ def double(p: Tree, x: Tensor) -> Tensor:
     taps = (p["weight"].float().flatten(2) @ torch.kron(met, met).T).unflatten(-1, (4, 4)).to(x.dtype).transpose(0, 1)
     x, less = (shard.around(_last(x), 1, 1), 3) if shard.image() else (x, 1)  # a row before gives two rows
     if x.ndim == 4:
-        return _last(F.conv_transpose2d(_last(x), taps, p.get("bias"), 2, (less, 1)))
-    return _last(F.conv_transpose3d(_last(x), taps.unsqueeze(2), p.get("bias"), (1, 2, 2), (0, less, 1)))
+        return _last(wide.call(F.conv_transpose2d, _last(x), taps, p.get("bias"), 2, (less, 1)))
+    taps = taps.unsqueeze(2)
+    return _last(wide.call(F.conv_transpose3d, _last(x), taps, p.get("bias"), (1, 2, 2), (0, less, 1)))
 
 
 def GroupNorm(c: int) -> Tree:

@@ -1,0 +1,116 @@
+"""Matrix products and convolutions of 16-bit numbers on CPUs that have no instructions for them: in float32.
+
+There PyTorch widens the numbers within its kernel, which takes five times as long as widening them before a float32
+one (an Intel Xeon with AVX-512 but no AVX512-BF16, 2 threads: 62 GFLOP/s against 305). Products are summed in float32
+either way, and results are rounded once.
+"""
+
+import platform
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+FEW = 32  # rows of a product: with fewer, widening the other side takes longer than it saves
+NEAR = 24  # operations, for which a float32 copy waits for its next use
+VIEWS = aten.permute.default, aten.t.default, aten.view.default, aten.reshape.default
+_ops = torch.library.Library("mmfunc", "FRAGMENT")
+
+
+def _widened(op: Callable, *args: Any) -> Any:
+    """op(*args) in float32."""
+    dtype = next(a.dtype for a in args if isinstance(a, Tensor))
+    return tree_map_only(Tensor, lambda t: t.to(dtype), op(*tree_map_only(Tensor, Tensor.float, args)))
+
+
+def _define(schema: str, fn: Callable) -> Any:
+    """An operation that Inductor leaves as it is. It would join conversions with what uses their results, and so keep
+    float32 copies as long as these are needed."""
+    name = schema.partition("(")[0]
+    _ops.define(schema, tags=torch.Tag.flexible_layout)
+    _ops.impl(name, fn, "CPU")
+    torch.library.register_fake(f"mmfunc::{name}", fn)
+    return getattr(torch.ops.mmfunc, name).default
+
+
+def _wide(name: str) -> tuple[Any, Any]:
+    op = getattr(aten, name).default
+    return op, _define(str(op._schema).replace(f"aten::{name}", f"wide_{name}"), partial(_widened, op))
+
+
+CONVERT = _define("wide_convert(Tensor x, ScalarType dtype) -> Tensor", lambda x, dtype: x.to(dtype, copy=True))
+DENSE = aten.mm.default, aten.addmm.default
+WIDE = dict(map(_wide, ("bmm", "baddbmm", "convolution", "convolution_backward")))  # with conversions of their own
+
+
+@cache
+def slow() -> tuple[torch.dtype, ...]:
+    """The 16-bit dtypes that this CPU has no products for; none of a CPU that is not known."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ()
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    has = lambda *names: any(known.get(n, getattr(torch.cpu, f"_is_{n}_supported", bool)()) for n in names)
+    needed = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx10_2"), torch.float16: ("avx512_fp16", "amx_fp16")}
+    return tuple(dtype for dtype, names in needed.items() if not has(*names))
+
+
+def call(fn: Callable, x: Tensor, *args: Any) -> Tensor:
+    """fn(x, *args), op by op and without gradients, in float32 where that is faster."""
+    if (torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in slow()
+            or x.numel() < FEW * x.shape[-1]):
+        return fn(x, *args)
+    return _widened(fn, x, *args)
+
+
+def _suits(node: fx.Node) -> bool:
+    """Whether a node is a product that is to be widened."""
+    if node.op != "call_function" or node.target not in (*DENSE, *WIDE) or node.kwargs:
+        return False
+    given = [n.meta["val"] for n in node.all_input_nodes]
+    few = node.target in DENSE and node.args[-2].meta["val"].shape[0] < FEW
+    return not few and all(t.device.type == "cpu" and t.dtype in slow() for t in given)
+
+
+def widen(graph: fx.Graph) -> None:
+    """Put the products of a graph in float32. A copy serves all products near each other, and its transposes."""
+    copies: dict[fx.Node, tuple[fx.Node, int]] = {}  # and when each was last used
+
+    def new(op: Any, *args: Any) -> fx.Node:
+        node = graph.call_function(op, args)
+        node.meta["val"] = op(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+        return node
+
+    def copy(node: fx.Node, now: int) -> fx.Node:
+        if node.target in VIEWS:
+            return new(node.target, copy(node.args[0], now), *node.args[1:])
+        made, last = copies.get(node, (None, -NEAR))
+        made = made if now - last < NEAR else new(CONVERT, node, torch.float32)
+        copies[node] = made, now
+        return made
+
+    for now, node in enumerate(list(graph.nodes)):
+        if not _suits(node):
+            continue
+        if node.target in WIDE:
+            node.target = WIDE[node.target]
+            continue
+        with graph.inserting_before(node):
+            given = fx.node.map_arg(node.args, partial(copy, now=now))
+            wide = new(node.target, *given)
+            node.replace_all_uses_with(new(CONVERT, wide, node.meta["val"].dtype))
+        graph.erase_node(node)
+
+
+class Widen(CustomGraphPass):
+    """`widen` as a pass of Inductor."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        widen(graph)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))

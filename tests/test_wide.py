@@ -1,0 +1,101 @@
+"""Products of 16-bit numbers in float32: exactly float32's, rounded once. As if this CPU had no instructions for them."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from mmfunc import jit, random, tree
+from mmfunc.kernels import wide
+from mmfunc.nn import Conv, conv
+
+HALF = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def slow(monkeypatch):
+    monkeypatch.setattr(wide, "slow", lambda: (HALF,))
+    monkeypatch.setitem(jit.OPTIONS["inductor"], "post_grad_custom_pre_pass", wide.Widen())
+
+
+def draw(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(HALF)
+
+
+def once(fn, *args: Tensor):
+    """fn in float32, results rounded."""
+    return torch.utils._pytree.tree_map(lambda t: t.to(HALF), fn(*[a.float() for a in args]))
+
+
+def graph(fn, *args: Tensor) -> torch.fx.GraphModule:
+    found = make_fx(fn, tracing_mode="fake")(*args)
+    wide.widen(found.graph)
+    found.graph.lint()
+    found.recompile()
+    return found
+
+
+def targets(found: torch.fx.GraphModule) -> list[str]:
+    return [str(n.target).partition(".default")[0] for n in found.graph.nodes if n.op == "call_function"]
+
+
+CASES = {
+    "mm": (lambda a, b: a @ b, draw(40, 24), draw(24, 17, seed=1)),
+    "transposed": (lambda a, b: a.T @ b.T, draw(24, 40), draw(17, 24, seed=1)),
+    "addmm": (F.linear, draw(2, 20, 24), draw(17, 24, seed=1), draw(17, seed=2)),
+    "bmm": (torch.bmm, draw(2, 40, 24), draw(2, 24, 17, seed=1)),
+    "conv": (lambda x, w: F.conv2d(x, w, padding=1), draw(2, 3, 9, 7), draw(5, 3, 3, 3, seed=1)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_product_is_float32s_rounded_once(name):
+    fn, *args = CASES[name]
+    found = graph(fn, *args)
+    assert torch.equal(found(*args), once(fn, *args))
+    assert any("wide" in t for t in targets(found)), targets(found)
+
+
+def test_backward_of_a_convolution():
+    x, w, g = draw(2, 3, 9, 7), draw(5, 3, 3, 3, seed=1), draw(2, 5, 9, 7, seed=2)
+    back = lambda g, x, w: torch.ops.aten.convolution_backward(
+        g, x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False])[:2]
+    found = graph(back, g, x, w)
+    for a, b in zip(found(g, x, w), once(back, g, x, w)):
+        assert torch.equal(a, b)
+    assert "mmfunc.wide_convolution_backward" in targets(found)
+
+
+def test_neighbours_share_a_copy_and_few_rows_stay():
+    x, w, one = draw(40, 24), draw(24, 24, seed=1), draw(4, 24, seed=2)
+    found = targets(graph(lambda x, w: (x @ w, x @ w.T, x @ x.T), x, w))
+    assert found.count("mmfunc.wide_convert") == 2 + 3 and found.count("aten.mm") == 3  # x, w and three results
+    assert "mmfunc.wide_convert" not in targets(graph(lambda a, b: a @ b, one, w))
+    assert "mmfunc.wide_convert" not in targets(graph(lambda a, b: a @ b, x.float(), w.float()))
+
+
+def test_a_far_product_gets_a_copy_of_its_own():
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        y = x @ w
+        for _ in range(wide.NEAR + 4):
+            y = y.sin()
+        return y @ w
+
+    x, w = draw(40, 24), draw(24, 24, seed=1)
+    found = graph(fn, x, w)
+    assert targets(found).count("mmfunc.wide_convert") == 2 + 2 + 2
+    assert torch.allclose(found(x, w).float(), fn(x, w).float(), rtol=0.02, atol=0.02)
+
+
+def test_compiled_and_op_by_op():
+    p, x = tree.init(Conv(3, 5, (3, 3)), random.key(0), HALF), draw(2, 3, 9, 7)
+    wanted = once(lambda x, w, b: F.conv2d(x, w, b, padding=1), x, p["weight"], p["bias"])
+    with torch.no_grad():
+        assert torch.equal(conv(p, x, padding=1), wanted)
+    w, b = draw(17, 24, seed=1), draw(17, seed=2)
+    loss = lambda p, x: F.linear(x, p["w"], p["b"]).float().square().sum()
+    value, grads = jit.jit(jit.value_and_grad(loss))({"w": w, "b": b}, rows := draw(40, 24))
+    y = once(F.linear, rows, w, b).float()
+    assert value.item() == pytest.approx(y.square().sum().item(), rel=1e-6)
+    assert torch.equal(grads["w"], once(lambda g, x: g.T @ x, (2 * y).to(HALF), rows))
