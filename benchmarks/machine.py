@@ -69,7 +69,8 @@ def described() -> dict[str, str | int]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count() or 1,
-            "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
+            "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
+            "float32": ", ".join(str(t).removeprefix("torch.") for t in wide.slow()) or "none"}
 
 
 def best_time(graph: dict[str, int], can: dict[str, float]) -> float:

@@ -37,27 +37,48 @@ def seconds(r: dict[str, float]) -> str:
     return f"{r['median_s']:.3g} ({r['min_s']:.3g} to {r['max_s']:.3g})"
 
 
+def scaled(said: dict[str, Any]) -> str:
+    """What scaling.py found, of the parts that were measured."""
+    out = []
+    if packed := said.get("packed"):
+        each = ", ".join(f"{n}: {t} us a token" for n, t in zip(packed["tokens"], packed["us_per_token"]))
+        out.append(f"- Packed rows of 512-token segments: {each};\n  last over first {packed['last_over_first']}.")
+    if depth := said.get("depth"):
+        layers = ", ".join(f"{r['layers']}: {r['compile_cpu_s']}" for r in depth["rows"])
+        out.append(f"- Compile CPU seconds in block mode by layers: {layers}; {depth['ratio']} over all.")
+    if loader := said.get("loader"):
+        share = f"{100 * loader['wait_share']:.2g} %"
+        out.append(f"- One loader process, tar shards of 336 x 336 jpegs: {loader['samples_per_s']} samples/s. Asked\n"
+                   f"  for {loader['asked_per_s']} (10 x W1's rate) it is waited for {share} of the time.")
+    if ranks := said.get("ranks"):
+        out.append(f"- Weak scaling, one thread a rank: {ranks['seconds'][0]} s on one, {ranks['seconds'][1]} s on "
+                   f"{ranks['ranks'][1]}.")
+    return "\n".join(["## Scaling\n", *out, ""]) if out else ""
+
+
+def compared(works: dict[str, Any]) -> str:
+    """The table of all sides."""
+    head = ["", "what", "side", "seconds", "over ours", "compile, CPU s", "temporary MiB", "peak RSS GiB"]
+    return table(head, [
+        [n, (workloads.WORKS[n].__doc__ or "").strip(), p, seconds(r), "" if p == "mmfunc" else w["ratios"][p],
+         f"{r['compile_cpu_s']:.0f}" if n == "W1" else "",
+         f"{r['temporary'] / 2**20:.0f}" if "temporary" in r else "", f"{r['peak_rss'] / 2**30:.1f}"]
+        for n, w in works.items() for p, r in w["peers"].items()])
+
+
 def write(said: dict[str, Any], folder: Path) -> None:
-    """The page and its pictures in a folder."""
+    """The page and its pictures in a folder, of the parts that were measured."""
     folder.mkdir(exist_ok=True)
     works, can, m = said["workloads"], said["limits"], said["machine"]
     ratios = [(f"{n} / {p}", r, COLORS[p]) for n, w in works.items() for p, r in w["ratios"].items()]
     (folder / "ratios.svg").write_text(bars("time of a peer over ours", ratios, "x", 1))
     parts = [(n, w["fkr"], "#5a8f5a") for n, w in works.items() if "fkr" in w]
     (folder / "roofline.svg").write_text(bars("best possible time of this machine over ours", parts, "", 1))
-    peers = [[n, (workloads.WORKS[n].__doc__ or "").strip(), p, seconds(r), "" if p == "mmfunc" else w["ratios"][p],
-              f"{r['compile_cpu_s']:.0f}" if n == "W1" else "",
-              f"{r['temporary'] / 2**20:.0f}" if "temporary" in r else "",
-              f"{r['peak_rss'] / 2**30:.1f}"] for n, w in works.items() for p, r in w["peers"].items()]
     ours = [[n, w.get("gflop", ""), w.get("gflop_per_core_s", ""), w.get("fkr", w.get("read_share", "")),
              w.get("memory", ""), w.get("memory_with_state", "")] for n, w in works.items()]
-    attention = [[r["shape"], *list(r.values())[1:]] for r in said["attention"]]
-    packed, depth, loader, ranks = said["packed"], said["depth"], said["loader"], said["ranks"]
+    attention = [[r["shape"], *list(r.values())[1:]] for r in said.get("attention", [])]
     first, rate = works["W1"]["peers"]["mmfunc"], {k: f"{v / 1e9:.0f}" for k, v in can.items()}
     versions = ", ".join(f"{k} {v}" for k, v in said["versions"].items())
-    each = ", ".join(f"{n}: {t} us a token" for n, t in zip(packed["tokens"], packed["us_per_token"]))
-    layers = ", ".join(f"{r['layers']}: {r['compile_cpu_s']}" for r in depth["rows"])
-    sides = ["", "what", "side", "seconds", "over ours", "compile, CPU s", "temporary MiB", "peak RSS GiB"]
     shares = ["", "GFLOP", "GFLOP a core-second", "fraction of roofline", "temporary memory / eager", "with the state"]
     text = f"""# Benchmarks
 
@@ -68,13 +89,13 @@ and their float32 losses or outputs were equal to 1e-4 before. A time is the med
 
 ![ratios](ratios.svg)
 
-{table(sides, peers)}
+{compared(works)}
 ## Fraction of the machine's own roofline
 
 This machine does {rate["gemm"]} GFLOP/s in matrix products, {rate["conv"]} in convolutions, {rate["attention"]} in
-attention (there and back, the faster of ours and PyTorch's), and reads {can["read"] / 1e9:.1f} GB/s. The best
-possible time of a graph is its FLOPs at these rates and each argument read once; all else is taken as free. For W5
-the figure is the share of the read bandwidth.
+attention (there and back), each by the faster of our way and PyTorch's, and reads {can["read"] / 1e9:.1f} GB/s. The
+best possible time of a graph is its FLOPs at these rates and each argument read once; all else is taken as free. For
+W5 the figure is the share of the read bandwidth. Done in float32 for want of instructions: {m.get("float32", "-")}.
 
 ![roofline](roofline.svg)
 
@@ -87,15 +108,7 @@ A second process with a warm compile cache takes its first W1 step after {first[
 GFLOP a core-second; causal order and 16 packed segments as shares of the time of full attention.
 
 {table(["shape", "pass", "PyTorch", "ours", "ratio", "causal", "packed"], attention)}
-## Scaling
-
-- Packed rows of 512-token segments: {each};
-  last over first {packed["last_over_first"]}.
-- Compile CPU seconds in block mode by layers: {layers}; {depth["ratio"]} over all.
-- One loader process, tar shards of 336 x 336 jpegs: {loader["samples_per_s"]} samples/s. Asked for
-  {loader["asked_per_s"]} (10 x W1's rate) it is waited for {100 * loader["wait_share"]:.2g} % of the time.
-- Weak scaling, one thread a rank: {ranks["seconds"][0]} s on one, {ranks["seconds"][1]} s on {ranks["ranks"][1]}.
-"""
+{scaled(said)}"""
     (folder / "benchmarks.md").write_text(text)
 
 

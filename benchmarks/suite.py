@@ -157,7 +157,7 @@ def main(a: Args) -> int:
     cpu = said["machine"]["cpu"].split()[1].lower()
     file = a.update or HERE / "results" / f"{said['date']}-{cpu}-{said['machine']['cores']}core.json"
     file.write_text(json.dumps(said, indent=1) + "\n")
-    if said["workloads"].keys() == PEERS.keys() and said.keys() >= scaling.PARTS.keys():
+    if "W1" in said["workloads"]:
         page.write(said, HERE.parent / "docs")
     print(f"wrote {file}; {said['minutes']} minutes")
     return 0

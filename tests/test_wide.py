@@ -67,25 +67,10 @@ def test_backward_of_a_convolution():
     assert "mmfunc.wide_convolution_backward" in targets(found)
 
 
-def test_neighbours_share_a_copy_and_few_rows_stay():
-    x, w, one = draw(40, 24), draw(24, 24, seed=1), draw(4, 24, seed=2)
-    found = targets(graph(lambda x, w: (x @ w, x @ w.T, x @ x.T), x, w))
-    assert found.count("mmfunc.wide_convert") == 2 + 3 and found.count("aten.mm") == 3  # x, w and three results
-    assert "mmfunc.wide_convert" not in targets(graph(lambda a, b: a @ b, one, w))
-    assert "mmfunc.wide_convert" not in targets(graph(lambda a, b: a @ b, x.float(), w.float()))
-
-
-def test_a_far_product_gets_a_copy_of_its_own():
-    def fn(x: Tensor, w: Tensor) -> Tensor:
-        y = x @ w
-        for _ in range(wide.NEAR + 4):
-            y = y.sin()
-        return y @ w
-
+def test_few_rows_and_float32_stay():
     x, w = draw(40, 24), draw(24, 24, seed=1)
-    found = graph(fn, x, w)
-    assert targets(found).count("mmfunc.wide_convert") == 2 + 2 + 2
-    assert torch.allclose(found(x, w).float(), fn(x, w).float(), rtol=0.02, atol=0.02)
+    assert targets(graph(lambda a, b: (a @ b, a[:4] @ b), x, w)).count("mmfunc.wide_mm") == 1
+    assert "mmfunc.wide_mm" not in targets(graph(lambda a, b: a @ b, x.float(), w.float()))
 
 
 def test_compiled_and_op_by_op():

@@ -15,10 +15,7 @@ from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils._pytree import tree_map_only
 
-aten = torch.ops.aten
 FEW = 32  # rows of a product: with fewer, widening the other side takes longer than it saves
-NEAR = 24  # operations, for which a float32 copy waits for its next use
-VIEWS = aten.permute.default, aten.t.default, aten.view.default, aten.reshape.default
 _ops = torch.library.Library("mmfunc", "FRAGMENT")
 
 
@@ -28,24 +25,18 @@ def _widened(op: Callable, *args: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t.to(dtype), op(*tree_map_only(Tensor, Tensor.float, args)))
 
 
-def _define(schema: str, fn: Callable) -> Any:
-    """An operation that Inductor leaves as it is. It would join conversions with what uses their results, and so keep
-    float32 copies as long as these are needed."""
-    name = schema.partition("(")[0]
-    _ops.define(schema, tags=torch.Tag.flexible_layout)
-    _ops.impl(name, fn, "CPU")
-    torch.library.register_fake(f"mmfunc::{name}", fn)
-    return getattr(torch.ops.mmfunc, name).default
-
-
 def _wide(name: str) -> tuple[Any, Any]:
-    op = getattr(aten, name).default
-    return op, _define(str(op._schema).replace(f"aten::{name}", f"wide_{name}"), partial(_widened, op))
+    """An operation of aten, and mmfunc::wide_<name>, the same on float32 copies, which do not outlive it. Inductor
+    would join conversions with what uses their results, and so keep float32 copies as long as these are needed."""
+    op = getattr(torch.ops.aten, name).default
+    _ops.define(str(op._schema).replace(f"aten::{name}", f"wide_{name}"), tags=torch.Tag.flexible_layout)
+    _ops.impl(f"wide_{name}", partial(_widened, op), "CPU")
+    torch.library.register_fake(f"mmfunc::wide_{name}", op)
+    return op, getattr(torch.ops.mmfunc, f"wide_{name}").default
 
 
-CONVERT = _define("wide_convert(Tensor x, ScalarType dtype) -> Tensor", lambda x, dtype: x.to(dtype, copy=True))
-DENSE = aten.mm.default, aten.addmm.default
-WIDE = dict(map(_wide, ("bmm", "baddbmm", "convolution", "convolution_backward")))  # with conversions of their own
+WIDE = dict(map(_wide, ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")))
+DENSE = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
 
 
 @cache
@@ -69,41 +60,17 @@ def call(fn: Callable, x: Tensor, *args: Any) -> Tensor:
 
 def _suits(node: fx.Node) -> bool:
     """Whether a node is a product that is to be widened."""
-    if node.op != "call_function" or node.target not in (*DENSE, *WIDE) or node.kwargs:
+    if node.op != "call_function" or node.target not in WIDE:
         return False
-    given = [n.meta["val"] for n in node.all_input_nodes]
     few = node.target in DENSE and node.args[-2].meta["val"].shape[0] < FEW
+    given = [n.meta["val"] for n in node.all_input_nodes]
     return not few and all(t.device.type == "cpu" and t.dtype in slow() for t in given)
 
 
 def widen(graph: fx.Graph) -> None:
-    """Put the products of a graph in float32. A copy serves all products near each other, and its transposes."""
-    copies: dict[fx.Node, tuple[fx.Node, int]] = {}  # and when each was last used
-
-    def new(op: Any, *args: Any) -> fx.Node:
-        node = graph.call_function(op, args)
-        node.meta["val"] = op(*fx.node.map_arg(args, lambda n: n.meta["val"]))
-        return node
-
-    def copy(node: fx.Node, now: int) -> fx.Node:
-        if node.target in VIEWS:
-            return new(node.target, copy(node.args[0], now), *node.args[1:])
-        made, last = copies.get(node, (None, -NEAR))
-        made = made if now - last < NEAR else new(CONVERT, node, torch.float32)
-        copies[node] = made, now
-        return made
-
-    for now, node in enumerate(list(graph.nodes)):
-        if not _suits(node):
-            continue
-        if node.target in WIDE:
-            node.target = WIDE[node.target]
-            continue
-        with graph.inserting_before(node):
-            given = fx.node.map_arg(node.args, partial(copy, now=now))
-            wide = new(node.target, *given)
-            node.replace_all_uses_with(new(CONVERT, wide, node.meta["val"].dtype))
-        graph.erase_node(node)
+    """Put the products of a graph in float32."""
+    for node in filter(_suits, graph.nodes):
+        node.target = WIDE[node.target]
 
 
 class Widen(CustomGraphPass):
