@@ -5,6 +5,7 @@ declared sizes, so that every batch of a bucket runs the same graph, with pictur
 """
 
 import json
+import math
 import os
 import signal
 import threading
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmfunc import shard
+from mmfunc import packs, shard
 from mmfunc.records import Records
 
 Sample = dict[str, Any]
@@ -116,24 +118,29 @@ class Plan:
 class Batches(Dataset):
     """Global batches by number: (micro-batches, facts). A pure function of the number; what a loader's workers hold.
 
-    On a mesh a rank has its part of each micro-batch: the global batch is the same on every mesh.
+    On a mesh a rank has its part of each micro-batch: the global batch is the same on every mesh. known: of all
+    records, so that all ranks have about the same to compute; None: each has as many samples, as they come.
     """
 
-    def __init__(self, records: Records, encode: Callable, prepare: Callable, plan: Plan, pad: int = 0):
+    def __init__(self, records: Records, encode: Callable, prepare: Callable, plan: Plan, pad: int = 0,
+                 known: packs.Known | None = None):
         self.records, self.encode, self.prepare, self.plan, self.pad = records, encode, prepare, plan, pad
+        self.known = known
         self.part, self.parts = shard.part()
         if plan.batch % self.parts or plan.rows % self.parts:
             raise ValueError(f"micro-batches of {plan.batch} samples in {plan.rows or plan.batch} rows do not divide "
                              f"among {self.parts} ranks with different samples")
 
+    def turn(self, position: int, attempt: int = 0) -> int:
+        """The record at a position; another one for each attempt."""
+        epoch, i = divmod(position, len(self.records))
+        return order(self.plan.seed, epoch + attempt * 1_000_003, len(self.records), i)
+
     def draw(self, position: int, bad: list[dict]) -> Sample:
         """The sample at a position; one that cannot be used is noted, and another taken that depends on the position
         only."""
-        n = len(self.records)
         for attempt in range(10):
-            epoch, i = divmod(position, n)
-            epoch += attempt * 1_000_003
-            index = order(self.plan.seed, epoch, n, i)
+            index = self.turn(position, attempt)
             try:
                 r = self.records[index]
                 sample = self.encode(r) | {"id": r.id}
@@ -150,20 +157,57 @@ class Batches(Dataset):
 
     def __getitem__(self, number: int) -> tuple[list[dict[str, Tensor]], dict]:
         p, bad, sizes = self.plan, [], self.plan.sizes()
-        start, each = number * p.batch * p.accumulate, p.batch // self.parts
-        mine = [m * p.batch + self.part * each + i for m in range(p.accumulate) for i in range(each)]
-        samples = [self.draw(start + i, bad) for i in mine]
-        micro = [self._micro(samples[i : i + each]) for i in range(0, len(samples), each)]
+        starts = [(number * p.accumulate + m) * p.batch for m in range(p.accumulate)]
+        dealt = [self.deal(start) for start in starts] if self.known else []
+        made = [self._dealt(*at, bad) for at in zip(starts, dealt)] or [self._part(start, bad) for start in starts]
+        samples, micro = [s for some, _ in made for s in some], [m for _, m in made]
         targets = sum((m["labels"][:, 1:] >= 0).sum() for m in micro)
         count = {"num_items_in_batch": targets if self.parts > 1 else targets.clamp(min=1)}
         micro = [self.prepare(m | count, sizes[m["input_ids"].shape[1]]) for m in micro]
         tokens = sum(int((m["attention_mask"] > 0).sum()) for m in micro)
-        return micro, {"ids": [s["id"] for s in samples], "bad": bad, "tokens": tokens, "samples": len(samples)}
+        told = {"spread": max(d.spread for _, d in dealt)} if dealt else {}
+        return micro, {"ids": [s["id"] for s in samples], "bad": bad, "tokens": tokens, "samples": len(samples),
+                       "told": told}
+
+    def _part(self, start: int, bad: list[dict]) -> tuple[list[Sample], dict[str, Tensor]]:
+        """This rank's part of the samples from a position on, as they come."""
+        each = self.plan.batch // self.parts
+        samples = [self.draw(start + self.part * each + i, bad) for i in range(each)]
+        return samples, self._micro(samples)
+
+    def _dealt(self, start: int, dealt: tuple[int, packs.Dealt], bad: list[dict]
+               ) -> tuple[list[Sample], dict[str, Tensor]]:
+        """This rank's share of the samples from a position on, in rows as they were dealt."""
+        p, size, rows = self.plan, dealt[0], dealt[1].rows[self.part]
+        found = {i: self.draw(start + i, bad) for row in rows for i in row}
+        samples, at = [*found.values()], {i: n for n, i in enumerate(found)}
+        longest = max(sum(len(found[i]["input_ids"]) for i in row) for row in rows)
+        if longest > size or _patches(samples) > (p.sizes()[size] or math.inf):
+            return samples, self._micro(samples)  # in place of a broken sample came one that is longer
+        return samples, collate(samples, [[at[i] for i in row] for row in rows], size, self.pad, len(rows))
+
+    def deal(self, start: int) -> tuple[int, packs.Dealt]:
+        """(length of rows, the samples from a position on as ranks have them); the same on all of them."""
+        p, known, longest = self.plan, self.known, self.plan.tokens[-1]
+        usable = lambda i: 0 < known.tokens[i] <= longest
+        turns = [[self.turn(start + i, n) for n in range(10)] for i in range(p.batch)]
+        which = [next(filter(usable, some), some[0]) for some in turns]
+        tokens, patches, costs = (x[which] for x in known)
+        tokens = tokens.clip(max=longest)  # who draws what is longer says so
+        least = (p.rows or p.batch) // self.parts
+        for size, buffer in p.sizes().items():
+            lengths = tokens if p.rows else np.full(p.batch, size)  # a row has one sample, or as many as fit
+            for rows in range(least, p.batch + least, least) if size >= tokens.max() else ():
+                if found := packs.deal(lengths, costs, self.parts, rows, size, patches, buffer):
+                    return size, found
+        raise ValueError(f"{p.batch} samples with up to {tokens.max()} tokens and {patches.sum()} patches cannot be "
+                         f"dealt to {self.parts} ranks with rows of {p.tokens} tokens and {p.patches} patches. Declare "
+                         "more, or smaller batches")
 
     def _micro(self, samples: list[Sample]) -> dict[str, Tensor]:
         p = self.plan
         lengths = [len(s["input_ids"]) for s in samples]
-        patches = sum(len(s[n]) for s in samples for n in ("pixel_values", "pixel_values_videos") if n in s)
+        patches = _patches(samples)
         fits = [t for t, n in self.plan.sizes().items() if t >= max(lengths) and (n is None or n >= patches)]
         if not fits:
             raise ValueError(
@@ -174,6 +218,25 @@ class Batches(Dataset):
         least = p.rows // self.parts
         count = least * -(-len(rows) // least) if p.rows else len(rows)
         return collate(samples, rows, fits[0], self.pad, count)
+
+
+def _patches(samples: Sequence[Sample]) -> int:
+    return sum(len(s[n]) for s in samples for n in ("pixel_values", "pixel_values_videos") if n in s)
+
+
+def measured(records: Records, measure: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, patches) of all records, [n] each, 0 where one cannot be used; each rank measures some of them."""
+    rank, world = shard.rank()
+    own = [(0, 0)] * len(range(rank, len(records), world))
+    for n, i in enumerate(range(rank, len(records), world)):
+        try:
+            own[n] = measure(records[i])
+        except (ValueError, OSError):
+            pass  # told when it is drawn
+    out = np.zeros((len(records), 2), np.int64)
+    for r, some in enumerate(shard.everyone(np.array(own, np.int64).reshape(-1, 2))):
+        out[r::world] = some
+    return out[:, 0], out[:, 1]
 
 
 def stream(

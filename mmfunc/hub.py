@@ -108,10 +108,11 @@ def read(folder: Path, params: Tree, table: keys.Table, *, spellings: dict[str, 
                 shapes[said], readers[said], real[said] = shape, reader, name
         keys.check(declared, places, shapes)
         get = lambda name: readers[name](real[name])
-        out = {name: t.to(device=device, dtype=kind(name, t)) for name, t in keys.load(declared, places, get, boxes)}
+        out = {name: t if t.is_meta else t.to(device=device, dtype=kind(name, t))
+               for name, t in keys.load(declared, places, get, boxes)}
         claimed = {p.name for p in places.values()}
         for name, place in places.items():
-            if place.copy in shapes and place.copy not in claimed and not torch.equal(
+            if place.copy in shapes and place.copy not in claimed and not out[name].is_meta and not torch.equal(
                     get(place.copy)[(boxes or {}).get(name, ...)].to(device, out[name].dtype), out[name]):
                 raise ValueError(f"{place.copy} in {folder} differs from {place.name}, to which the config ties it")
     return tree.unflatten(out, params)

@@ -44,7 +44,7 @@ class Copied:
 
 
 Table = dict[str, str | Cut | View | Copied]
-Boxes = dict[str, tuple[slice, ...]]  # by our name, a slice of each dimension
+Boxes = dict[str, tuple[slice, ...] | None]  # by our name, a slice of each dimension; None: nothing of it
 
 
 class Place(NamedTuple):
@@ -139,9 +139,14 @@ def load(
     params: dict[str, Param], places: dict[str, Place], read: Callable[[str], Tensor], boxes: Boxes | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(our name, tensor) one by one, each with storage of its own; read(name) gives what can be sliced like a tensor.
-    boxes: which part of ours is wanted, if not all of it; of a View all of theirs is read."""
+    boxes: which part of ours is wanted, if not all of it; of a View all of theirs is read. What is not wanted has a
+    shape only."""
     for name, place in places.items():
-        box = [*(boxes or {}).get(name, [slice(0, n) for n in params[name].shape])]
+        box = (boxes or {}).get(name, [slice(0, n) for n in params[name].shape])
+        if box is None:
+            yield name, torch.empty(params[name].shape, device="meta")
+            continue
+        box = [*box]
         if place.shape:
             yield name, read(place.name)[...].reshape(params[name].shape)[tuple(box)].clone()
             continue

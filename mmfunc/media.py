@@ -164,11 +164,21 @@ def header(source: Path | bytes, *, video: bool) -> tuple[int, int, int]:
             with Image.open(opened) as x:
                 turned = x.getexif().get(0x0112, 1) >= 5  # on its side
                 return (1, x.width, x.height) if turned else (1, x.height, x.width)
-        with av.open(opened) as box:
+        return film(source)[:3]
+    except (OSError, SyntaxError) as e:
+        raise BadMedia(f"{name} cannot be read: {e}") from None
+
+
+def film(source: Path | bytes) -> tuple[int, int, int, float]:
+    """Frames, rows, columns and frames a second of a video, without decoding."""
+    name = source if isinstance(source, (str, Path)) else f"a medium of {len(source)} bytes"
+    try:
+        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as box:
             s = _stream(box, name)
             length = float(s.duration * s.time_base) if s.duration else (box.duration or 0) / 1e6
-            return max(s.frames or round(length * float(s.average_rate or 24)), 2), s.height, s.width
-    except (av.error.FFmpegError, OSError, SyntaxError) as e:
+            rate = float(s.average_rate or 24)
+            return max(s.frames or round(length * rate), 2), s.height, s.width, rate
+    except (av.error.FFmpegError, OSError) as e:
         raise BadMedia(f"{name} cannot be read: {e}") from None
 
 

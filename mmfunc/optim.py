@@ -168,8 +168,8 @@ def init(tx: Transform, params: Tree, frozen: Tree = None, *, fp16: bool = False
         if not any(_matches(rule, n, p) for n, p in flat.items()):
             raise ValueError(f"the rule {rule!r} matches none of the {len(flat)} trained parameters, such as "
                              f"{', '.join([*flat][:3])}")
-    device = next(iter(flat.values())).device
     params, frozen = shard.held(params), shard.held(frozen)
+    device = [*tree.leaves(params), *tree.leaves(frozen)][0].device
     flat = shard.mine(tree.flatten(params))
     count = lambda: torch.zeros((), dtype=torch.int64, device=device)
     state = {

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -106,25 +107,52 @@ def encode(pr: Processor, messages: Sequence[dict], images: Sequence[Any] = (), 
     images: files, bytes or PIL images, as many as the messages have places; videos: files or bytes. generate opens the
     assistant's next turn. A mismatch or unreadable media is a ValueError.
     """
-    messages = listed(messages)
-    kinds = [p.get("type") for m in messages if not isinstance(m["content"], str) for p in m["content"]]
-    for kind, given in (("image", images), ("video", videos)):
-        if kinds.count(kind) != len(given):
-            raise ValueError(f"the messages have {kinds.count(kind)} places for an {kind}, {len(given)} are given")
+    messages = _placed(messages, images, videos)
     seen = [media.patches(media.image(i), pr.image) for i in images]
     moving = [media.video(v, fps=pr.fps, least=pr.frames[0], most=pr.frames[1], frames=pr.video.frames) for v in videos]
     played = [media.clip(x, pr.video) for x, _ in moving]
-    parts = [(text.render(pr.text, messages, generate=True), False)] if generate else text.pieces(pr.text, messages)
-    for kind, found, s in (("image", seen, pr.image), ("video", played, pr.video)):
-        counts = iter([g[0] * g[1] * g[2] // s.merge**2 for _, g in found])
-        fill = lambda m, counts=counts: m[0] * next(counts)
-        parts = [(re.sub(re.escape(PADS[kind]), fill, p), said) for p, said in parts]
-    ids, labels = text.encode(pr.text, [(p.replace(text.OPEN, "").replace(text.CLOSE, ""), said) for p, said in parts])
+    ids, labels = _words(pr, messages, [g for _, g in seen], [g for _, g in played], generate)
     sample: dict[str, Any] = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
     sample |= _pixels("pixel_values", "image_grid_thw", seen) | _pixels("pixel_values_videos", "video_grid_thw", played)
     if moving:
         sample["second_per_grid_ts"] = torch.tensor([pr.video.frames / fps for _, fps in moving])
     return sample
+
+
+def measure(pr: Processor, messages: Sequence[dict], images: Sequence[Any] = (), videos: Sequence[Any] = ()
+            ) -> tuple[int, int]:
+    """(tokens, patches) of the sample that encode makes, from the headers of its media."""
+    messages = _placed(messages, images, videos)
+
+    def grid(frames: int, height: int, width: int, s: media.Patches) -> list[int]:
+        return [frames, *(n // s.patch for n in media.size(height, width, s))]
+
+    seen, played = [grid(*media.header(x, video=False), pr.image) for x in images], []
+    for total, height, width, rate in map(media.film, videos):
+        taken = media.sample(total, rate, fps=pr.fps, least=pr.frames[0], most=pr.frames[1], frames=pr.video.frames)
+        played.append(grid(-(-len(taken) // pr.video.frames), height, width, pr.video))
+    return len(_words(pr, messages, seen, played)[0]), sum(prod(g) for g in seen + played)
+
+
+def _placed(messages: Sequence[dict], images: Sequence[Any], videos: Sequence[Any]) -> list[dict]:
+    """Messages with as many places as there are media, or a ValueError."""
+    messages = listed(messages)
+    kinds = [p.get("type") for m in messages if not isinstance(m["content"], str) for p in m["content"]]
+    for kind, given in (("image", images), ("video", videos)):
+        if kinds.count(kind) != len(given):
+            raise ValueError(f"the messages have {kinds.count(kind)} places for an {kind}, {len(given)} are given")
+    return messages
+
+
+def _words(pr: Processor, messages: list[dict], seen: list[list[int]], played: list[list[int]], generate: bool = False
+           ) -> tuple[list[int], list[int]]:
+    """(token ids, labels) of messages with pictures and videos of such grids."""
+    parts = [(text.render(pr.text, messages, generate=True), False)] if generate else text.pieces(pr.text, messages)
+    for kind, grids, s in (("image", seen, pr.image), ("video", played, pr.video)):
+        counts = iter([prod(g) // s.merge**2 for g in grids])
+        fill = lambda m, counts=counts: m[0] * next(counts)
+        parts = [(re.sub(re.escape(PADS[kind]), fill, p), said) for p, said in parts]
+    return text.encode(pr.text, [(p.replace(text.OPEN, "").replace(text.CLOSE, ""), said) for p, said in parts])
 
 
 def _pixels(values: str, grid: str, found: list[tuple[Tensor, list[int]]]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from mmfunc import checkpoint, data, jit, lora, metrics, optim, random, relay, report, shard, tasks, tree
+from mmfunc import checkpoint, data, jit, lora, metrics, models, optim, random, relay, report, shard, tasks, tree
 from mmfunc.tasks.language import Rows
 from mmfunc.tasks.pictures import Clips
 
@@ -66,19 +66,27 @@ class Args:
 
 def start(a: Args, task: Any) -> tuple[Any, Any, Any, Any, dict]:
     """(family, Config, batches, step, training state) before the first step."""
-    family, c, params = task.load(a, random.key(a.seed))
+    (folder, family, c), key = task.model(a), random.key(a.seed)
     declared = family.params(c)
     if a.lora.rank:
         declared = lora.LoRA(declared, a.lora.rank, a.lora.where or task.LORA, a.lora.alpha)
-        shard.declare(declared)
-        params = tree.merge(params, shard.place(tree.init(tree.select(declared, r"\.lora_"), random.key(a.seed))))
-    trained = tree.select(params, lora.TRAINED if a.lora.rank else a.train)
+    shard.declare(declared)
     rate = optim.warmup(a.warmup, optim.cosine(a.lr, max(a.steps - a.warmup, 1), 0.01 * a.lr))
     parts = [optim.clip(a.clip), optim.adamw(0.9, 0.98), optim.decay(a.decay), optim.scale(rate)]
     tx = optim.accumulate(a.accumulate, optim.chain(*parts, *([optim.ema(a.ema)] if a.ema else [])))
-    source, weights = task.batches(a, family, c), (trained, tree.without(params, trained))
-    step = stepping(a, task, lambda p, batch: family.loss(p, c, batch), tx, weights, source)
-    return family, c, source, step, optim.init(tx, *weights, fp16=a.dtype == "fp16")
+    source = task.batches(a, family, c)
+    shapes = _divided(a, shard.place(tree.abstract(declared)))
+    step = stepping(a, task, lambda p, batch: family.loss(p, c, batch), tx, shapes, source)
+    params = models.start(folder, family, c, key if a.scratch else None)  # once it is known which stages are here
+    if a.lora.rank:
+        params = tree.merge(params, shard.place(tree.init(tree.select(declared, r"\.lora_"), key)))
+    return family, c, source, step, optim.init(tx, *_divided(a, params), fp16=a.dtype == "fp16")
+
+
+def _divided(a: Args, params: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
+    """(trained, frozen) parameters."""
+    trained = tree.select(params, lora.TRAINED if a.lora.rank else a.train)
+    return trained, tree.without(params, trained)
 
 
 def stepping(a: Args, task: Any, loss: Any, tx: optim.Transform, weights: tuple, source: Any) -> Any:
@@ -124,7 +132,8 @@ def run(a: Args, job: shard.Job) -> int:
                     state, told = step(state, batch)
                     losses.append(told["loss"])
                 told = {k: v.item() for k, v in (told | {"loss": sum(losses)}).items()}
-            log(number + 1, told, **{k: facts[k] * shard.part()[1] for k in ("tokens", "samples")})
+            counts = {k: facts[k] * shard.part()[1] for k in ("tokens", "samples")}
+            log(number + 1, told | facts.get("told", {}), **counts)
             if not told["finite"]:
                 log.event("not finite", ids=facts["ids"])
             if told["in_a_row"] >= 5:
@@ -151,7 +160,6 @@ def run(a: Args, job: shard.Job) -> int:
     return 0
 
 
-def result(a: Args, state: tree.Tree) -> tree.Tree:
 def _complete(source: Any, number: int, micro: list, facts: dict, log: metrics.Log, watch: data.Watch) -> tuple:
     """(micro-batches, facts) of a batch that ranks with the same samples may have to encode together."""
     if "pixels" in facts:
@@ -161,6 +169,7 @@ def _complete(source: Any, number: int, micro: list, facts: dict, log: metrics.L
     return micro, facts
 
 
+def result(a: Args, state: tree.Tree) -> tree.Tree:
     """The whole parameters that training has arrived at, or their running mean."""
     return shard.whole(tree.merge(optim.averaged(state), state["frozen"]) if a.ema else optim.full(state))
 

@@ -4,13 +4,15 @@ import io
 import json
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmfunc import data, media, records
+from mmfunc import data, media, models, packs, records
+from mmfunc.tasks import language
 
 
 def png(color=0, size=(16, 16)):
@@ -146,6 +148,99 @@ def fake(bad=(), long=()):
     return lambda **plan: data.Batches(
         rows, encode, lambda b, patches: b, data.Plan(**({"batch": 4, "tokens": (8, 16)} | plan))
     )
+
+
+SEVEN = models.get("qwen2:2.5-7b")
+
+
+def lengths(seed, n, longest):
+    """Tokens of conversations: a few hundred, and some of thousands."""
+    return np.random.default_rng(seed).lognormal(np.log(380), 0.9, n).clip(16, longest).astype(int)
+
+
+def flops(tokens):
+    """Of a 7B model: its published 6.53e9 parameters of layers and 0.545e9 of the head, and causal pairs of tokens."""
+    return 3 * (2 * (6.525e9 + 152064 * 3584) * tokens + 28 * 4 * 3584 * tokens * (tokens + 1) / 2)
+
+
+@pytest.mark.parametrize("ranks, rows, size, each", [(8, 2, 8192, 24), (8, 4, 4096, 24), (8, 1, 32768, 48), (64, 4, 8192, 48),
+                                                     (512, 2, 8192, 24), (8, 32, 8192, 32)])
+def test_ranks_get_packs_of_equal_flops(ranks, rows, size, each):
+    """Within 0.1 %, where the same samples as they come differ by more than a quarter; in the last case a row holds one
+    sample. Every sample lies in one row with room for it."""
+    for seed in range(3):
+        tokens = lengths(seed, ranks * each, size)
+        cost = language.flops(*SEVEN, tokens, 0 * tokens, ".", 0)
+        assert abs(cost / flops(tokens.astype(float)) - 1).max() < 1e-3
+        found = packs.deal(tokens if rows < each else np.full_like(tokens, size), cost, ranks, rows, size)
+        assert sorted(i for r in found.rows for row in r for i in row) == list(range(len(tokens)))
+        assert all(len(r) == rows and max(tokens[row].sum() for row in r) <= size for r in found.rows)
+        loads = np.array([flops(tokens[sum(r, [])].astype(float)).sum() for r in found.rows])
+        assert np.ptp(loads) / loads.mean() < 1e-3 and found.spread < 5.1e-4
+        assert np.ptp(cost.reshape(ranks, -1).sum(1)) > 0.25 * cost.mean() * each
+
+
+def test_dealing_within_limits():
+    """Patches have a limit of their own; what does not fit is not dealt; one that costs more than all others is alone."""
+    tokens, patches = np.array([4, 4, 4, 4]), np.array([8, 8, 0, 0])
+    found = packs.deal(tokens, tokens, 2, 1, 8, patches, 8)
+    assert [sum(patches[row[0]]) for row in found.rows] == [8, 8] and found.spread == 0
+    assert packs.deal(tokens, tokens, 2, 1, 8, patches, 7) is None and packs.deal(tokens, tokens, 2, 1, 7) is None
+    found = packs.deal(np.array([1, 9, 1, 1]), np.array([1, 9, 1, 1]), 2, 2, 9)
+    assert sorted(sorted(sum(r, [])) for r in found.rows) == [[0, 2, 3], [1]] and found.spread == 1.0
+
+
+def whole(sizes, **plan):
+    """Batches of samples with so many tokens on each of four ranks, and on one."""
+    def encode(r):
+        if r.id == "5":
+            raise media.BadMedia("5 is broken")
+        n = int(sizes[int(r.id)])
+        return {"input_ids": torch.full((n,), int(r.id)), "labels": torch.full((n,), int(r.id))}
+
+    rows = records.Records(len(sizes), lambda i: (str(i), {"messages": TURNS[1:]}, None))
+    plan = data.Plan(**{"batch": 64, "tokens": (1024, 4096), "accumulate": 2, "rows": 16, "seed": 3} | plan)
+    known = packs.Known(*data.measured(rows, lambda r: (len(encode(r)["input_ids"]), 0)), flops(sizes.astype(float)))
+    out = [data.Batches(rows, encode, lambda b, patches: b, plan, known=known) for _ in range(4)]
+    for i, b in enumerate(out):
+        b.part, b.parts = i, 4
+    return out, data.Batches(rows, encode, lambda b, patches: b, plan)
+
+
+@pytest.mark.parametrize("rows", [0, 16])
+def test_the_global_batch_is_dealt(rows):
+    """Four ranks have the samples of one process in each micro-batch, in equal shapes, and about the same to compute;
+    batches are functions of their number, with a broken sample too."""
+    tokens = lengths(1, 400, 2000)
+    parts, one = whole(tokens, rows=rows)
+    for n in range(4):
+        (wanted, facts), found = one[n], [b[n] for b in parts]
+        assert sorted(facts["ids"]) == sorted(i for _, f in found for i in f["ids"])
+        assert sum(m["num_items_in_batch"] for (m, *_), _ in found) == wanted[0]["num_items_in_batch"]
+        for k, want in enumerate(wanted):
+            micro = [m[k] for m, _ in found]
+            assert len({m["input_ids"].shape for m in micro}) == 1
+            every = lambda ms: sorted(ms["input_ids"][ms["attention_mask"] > 0].tolist())
+            assert every(want) == sorted(i for m in micro for i in every(m))
+            own = [[(m["input_ids"][m["attention_mask"] > 0] == i).sum().item() for i in set(m["input_ids"].flatten().tolist())]
+                   for m in micro]
+            loads = np.array([flops(np.array(x, float)).sum() for x in own])
+            assert np.ptp(loads) / loads.mean() < (0.005 if rows else 0.01)
+        assert all(f["told"]["spread"] < 0.005 for _, f in found)
+    for m, micro, f in data.stream(parts[2], 1, 4, workers=2):
+        again, said = parts[2][m]
+        assert f == said and all(torch.equal(a[k], b[k]) for a, b in zip(micro, again) for k in a)
+
+
+def test_a_sample_that_is_longer_than_measured():
+    """In place of one that broke after it was measured: no rank loses a token of it."""
+    parts, _ = whole(np.full(64, 1000), accumulate=1, tokens=(1024,))
+    size, dealt = parts[0].deal(0)
+    assert size == 1024 and all(len(r) == 16 for r in dealt.rows)
+    parts, _ = whole(np.full(64, 500), accumulate=1, tokens=(1024,), rows=32)
+    parts[1].encode, was = (lambda r: {k: v.repeat(2) for k, v in was(r).items()}), parts[1].encode
+    micro, facts = parts[1][0]
+    assert facts["tokens"] == 16 * 1000 and micro[0]["input_ids"].shape == (16, 1024)
 
 
 def test_resuming_is_a_number_for_any_workers():

@@ -146,7 +146,7 @@ def test_features_need_no_encoder(root, run, tmp_path, monkeypatch):
     """Ahead of time: the same bits, and no weight of VAE or text encoder is ever read."""
     encode.main(encode.Args(run.model, run.data, tmp_path / "f", part=5, clips=run.clips))
     real, read = models.load, []
-    monkeypatch.setattr(models, "load", lambda folder, *how: read.append(Path(folder).name) or real(folder, *how))
+    monkeypatch.setattr(models, "load", lambda folder, *a, **how: read.append(Path(folder).name) or real(folder, *a, **how))
     a = replace(run, data=tmp_path / "f", out=tmp_path / "a")
     assert train.main(a) == 0 and set(read) == {"transformer"}
     assert kills.same(kills.final(a.out, 4), kills.final(run.out, 4))

@@ -255,6 +255,21 @@ def test_sigterm_while_a_later_shape_is_compiled(root, tmp_path):
     assert k.wait(25) == {0: 75, 1: 75} and checkpoint.steps(tmp_path / "run" / "checkpoints") == [at], k.text()
 
 
+def test_packs_of_equal_flops(root, tmp_path):
+    """Two ranks have the losses of one process, each with its packs, and the log says how far apart they are."""
+    found, spread = {}, {}
+    for mesh in (shard.Mesh(), shard.Mesh(fsdp=2)):
+        out = tmp_path / str(mesh)
+        rows = train.Rows(tokens=(64,), patches=(512,), attention=64, pack=4)
+        k = kills.Ranks(out, train.main, args(root, out / "run", batch=16, steps=4, rows=rows, mesh=mesh), world=mesh.world)
+        assert set(k.wait(60).values()) == {0}, k.text()
+        found[mesh.world] = losses(out / "run")
+        said = map(json.loads, (out / "run" / "metrics.jsonl").read_text().splitlines())
+        spread[mesh.world] = [r["spread"] for r in said if "spread" in r]
+    like(found[2], found[1], steps=4)
+    assert spread[1] == [] and len(spread[2]) == 4 and max(spread[2]) < 0.1, spread
+
+
 def test_programs_share_work(root, whole, tmp_path):
     """Questions, encoded parts and samples by two ranks: the files that one writes, to the byte."""
     drawings.main(drawings.Args(tmp_path, pictures=16, clips=1))

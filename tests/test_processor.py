@@ -54,6 +54,21 @@ def test_a_sample_is_what_transformers_makes(folder):
     assert text.decode(pr.text, theirs("and left ?")["input_ids"]) == "and left ?"
 
 
+def test_a_sample_is_measured_without_decoding(folder, tmp_path):
+    pr = processor.load(folder)
+    noise((37, 81)).save(tmp_path / "a.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # on its side
+    noise((64, 40)).save(tmp_path / "b.jpg", exif=turned)
+    media.write_video(tmp_path / "v.mp4", np.zeros((21, 32, 48, 3), np.uint8), fps=8)
+    said = [{"role": "user", "content": "<image><video><image>which digit ?"}, *CHAT[1:2]]
+    given = said, [tmp_path / "a.png", tmp_path / "b.jpg"], [tmp_path / "v.mp4"]
+    s = processor.encode(pr, *given)
+    assert processor.measure(pr, *given) == (len(s["input_ids"]), len(s["pixel_values"]) + len(s["pixel_values_videos"]))
+    with pytest.raises(ValueError, match="2 places for an image, 0 are given"):
+        processor.measure(pr, said)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "LA"])
 @pytest.mark.parametrize("shape", [(37, 81), (200, 170), (9, 1300), (3, 3)])
 def test_patches_equal_to_the_bit(mode, shape):

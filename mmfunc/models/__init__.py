@@ -72,8 +72,8 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu", *,
 
 
 def start(folder: Path, module: ModuleType, c: Any, key: Tensor | None) -> Tree:
-    """What training starts from, this rank's part of it in float32: random parameters by a key, or the folder's."""
-    shard.declare(module.params(c))
+    """What training starts from, this rank's part of it in float32: random parameters by a key, or the folder's, of
+    which those of other stages have a shape only."""
     return load(folder, torch.float32, parts=True)[2] if key is None else shard.place(tree.init(module.params(c), key))
 
 

@@ -29,8 +29,8 @@ class Mesh:
     pp: int = 1  # layers
     ep: int = 1  # samples, within layers of experts those
     zero: Literal[1, 2, 3] = 3  # what fsdp divides: 1 the optimizer's state, 2 parameters too, 3 gathered by layer
-    reduce: Literal["fp32", "own"] = "fp32"  # dtype in which ranks' gradients are summed; own: that of the computation
     sequence: bool = False  # tp divides sequences too, where it divides nothing else
+    reduce: Literal["fp32", "own"] = "fp32"  # dtype in which ranks' gradients are summed; own: that of the computation
 
     @property
     def world(self) -> int:

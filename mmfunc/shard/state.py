@@ -37,17 +37,20 @@ def place(params: Tree) -> Tree:
     return params if now is None else _each(lambda t, s: layout.place(t, s, s.store, now.net), params)
 
 
-def boxes(names: list[str] | dict) -> dict[str, tuple[slice, ...]]:
-    """What this rank stores of whole parameters, without padding; none without a mesh."""
+def boxes(names: list[str] | dict) -> dict[str, tuple[slice, ...] | None]:
+    """What this rank stores of whole parameters, without padding; None of those of other stages. Without a mesh: {}."""
     now = using()
     found = {n: layout.piece(s, s.store, now.net) for n, s in specs(names).items()} if now else {}
-    return {n: tuple(slice(a, a + size) for a, size in zip(p.start, p.size)) for n, p in found.items()}
+    own = lambda n: not now.held or now.net.at[AXES.index("pp")] in now.held[n]
+    return {n: tuple(slice(a, a + size) for a, size in zip(p.start, p.size)) if own(n) else None
+            for n, p in found.items()}
 
 
 def filled(params: Tree) -> Tree:
     """Those parts as place gives them, with padding."""
     now = using()
-    return params if now is None else _each(lambda t, s: layout.filled(t, s, s.store, now.net), params)
+    fill = lambda t, s: t if t.is_meta else layout.filled(t, s, s.store, now.net)
+    return params if now is None else _each(fill, params)
 
 
 def whole(params: Tree) -> Tree:

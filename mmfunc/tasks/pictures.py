@@ -33,11 +33,10 @@ class Clips:
     guidance: float = 1.0  # what a model that reads the strength of guidance is told
 
 
-def load(a: Any, key: Tensor) -> tuple[Any, Any, Tree]:
-    """(family, Config, this rank's part of the parameters) of the transformer, random ones from scratch."""
+def model(a: Any) -> tuple[Path, Any, Any]:
+    """(folder, family, Config) of what is trained, the transformer."""
     part = bundle.load(a.model, ()).transformer
-    return part.family, part.config, models.start(Path(a.model) / "transformer", part.family, part.config,
-                                                  key if a.scratch else None)
+    return Path(a.model) / "transformer", part.family, part.config
 
 
 def sizes(said: tuple[str, ...]) -> list[clips.Size]:
