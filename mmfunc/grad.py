@@ -68,6 +68,7 @@ def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
 _SDPA = [getattr(torch.ops.aten, n).default for n in (
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention") if hasattr(torch.ops.aten, n)]
+_SDPA += ["npu.npu_fusion_attention.default"]  # by name: torch_npu may be absent
 _DOTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]  # bmm, the scores of attention, is none of them
 _OURS = [torch.ops.mmfunc.keep.default, torch.ops.mmfunc.cpu_attention.default]
 SAVED = {  # operations whose results a policy keeps; fused attention is always kept: one graph cannot run it twice
@@ -76,7 +77,9 @@ SAVED = {  # operations whose results a policy keeps; fused attention is always 
 
 
 def _choose(saved: tuple, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.MUST_RECOMPUTE
+    if op is torch.ops.aten.matmul.default and args[1].ndim == 2:  # on NPU it is not taken apart
+        op = torch.ops.aten.mm.default
+    return CheckpointPolicy.MUST_SAVE if op in saved or str(op) in saved else CheckpointPolicy.MUST_RECOMPUTE
 
 
 _calls = count()

@@ -271,8 +271,6 @@ def jit(fn: Callable, mode: Mode = "whole", backend: Backend = "inductor", *, do
     for name, value, known in (("mode", mode, Mode), ("backend", backend, Backend), ("remat policy", remat, Policy)):
         if value not in known.__args__ and (name, value) != ("remat policy", None):
             raise ValueError(f"jit has no {name} {value!r}; it has {', '.join(known.__args__)}")
-    if backend == "npu" and remat not in (None, "everything"):
-        raise ValueError(f"the backend 'npu' keeps all that a backward pass reads; remat {remat!r} is for others")
     return Jitted(fn, mode, backend, donate, buckets if isinstance(buckets, int) else list(buckets), remat)
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mmfunc import doctor, jit, models, nn, shard, tree
+from mmfunc.kernels import npu as fused
 from mmfunc.kernels.ge import backend, converters, cost, interpreter, lowering, operations
 from mmfunc.shard import layout
 
@@ -110,6 +111,30 @@ def test_modes(mode):
     assert not record.failed and len(record.graphs) > 1
 
 
+PRODUCTS = "MatMul", "MatMulV2", "BatchMatMul"
+
+
+@pytest.mark.parametrize("policy", ["nothing", "attention", "dots"])
+def test_remat(policy):
+    """What a policy keeps is not computed again: attention never, the products of blocks only by the first two."""
+    plain, again = check("qwen2"), check("qwen2", remat=policy)
+    (few, _), (many, _) = counts(plain), counts(again)
+    assert few["FlashAttentionScore"] == many["FlashAttentionScore"] == 2 and many["RmsNorm"] == few["RmsNorm"] + 4
+    more = sum(many[k] - few[k] for k in PRODUCTS)
+    assert more == 0 if policy == "dots" else more >= 2 * 6  # the last product of a block is never read again
+
+
+def test_remat_in_the_backward_graph():
+    """By the partitioner: the backward graph reads what "dots" keeps, and computes norms and gates again."""
+    loss, p, b = case("qwen2")
+    _, record = on_npu(step(loss), p, b, mode="split", remat="dots")
+    backward = Counter(op.type for op in record.graphs[-1].op)
+    assert not record.failed and backward["RmsNorm"] == 4 and backward["SwiGlu"] == 2
+    assert backward["FlashAttentionScoreGrad"] == 2 and not backward["FlashAttentionScore"]
+    both = Counter(op.type for g in record.graphs for op in g.op)
+    assert all(both[k] == counts(check("qwen2"))[0][k] for k in PRODUCTS)
+
+
 @pytest.mark.parametrize("name", ["qwen2", "wan", "qwen2vl"])
 def test_bfloat16(name):
     """As far from float32 as eager bfloat16 is, twice at most."""
@@ -120,6 +145,26 @@ def test_bfloat16(name):
     assert not record.failed and abs(value - want) <= 2 * abs(own - want) + 4e-3 * abs(want)
     off = lambda g: torch.stack([(g[k].float() - v).norm() for k, v in tree.flatten(truth).items()]).norm()
     assert off(tree.flatten(grads)) <= 2 * off(tree.flatten(low))
+
+
+def counts(record):
+    """Types of operations in a graph, and without those that move nothing."""
+    kinds = Counter(op.type for op in record.graphs[0].op)
+    return kinds, {k: n for k, n in kinds.items() if k not in operations.VIEWS}
+
+
+def test_fused_operations_of_torch_npu():
+    """A norm, a rotation and a gate are one operation each, of which few are left out by their limits."""
+    loss, p, b = case("qwen2")
+    (_, record), never = on_npu(step(loss), p, b), dict.fromkeys(fused.FUSED, (lambda *args: False, None))
+    with mock.patch.dict(fused.FUSED, never):
+        _, plain = on_npu(step(loss), p, b)
+    (few, less), (many, more) = counts(record), counts(plain)
+    assert {k: few[k] for k in ("RmsNorm", "RmsNormGrad", "RotaryMul", "SwiGlu", "SwiGluGrad")} == {
+        "RmsNorm": 5, "RmsNormGrad": 5, "RotaryMul": 8, "SwiGlu": 2, "SwiGluGrad": 2}
+    assert not many["RmsNorm"] + many["RotaryMul"] + many["SwiGlu"] and sum(less.values()) < 0.7 * sum(more.values())
+    x, angles = torch.zeros(1, 4, 2, 900, device="meta"), torch.zeros(4, 450, device="meta")
+    assert not fused.turns(x, angles) and not fused.turns(x[0], angles) and fused.turns(x[..., :80], angles[..., :40])
 
 
 @pytest.mark.parametrize("name, plan", [("qwen2", "fsdp2 tp2"), ("qwen2", "ulysses2"), ("wan", "fsdp2 tp2"),
@@ -265,6 +310,8 @@ ATTENTION, GRADIENT = npu.npu_fusion_attention.default, npu.npu_fusion_attention
 SEGMENTS = torch.tensor([[1, 1, 2, 2]])
 LITTLE = step(lambda p, x: heads(p, causal=True).square().sum())
 PACKED = step(lambda p, x: heads(p, segments=SEGMENTS.to(p.device)).square().sum())
+TURNED = step(lambda p, x: (nn.rotate(p[None, :, None], x[:, :3]) * p[None, :, None].square()).sum())
+BIASED = step(lambda p, x: heads(p, bias=p.new_zeros(1, 2, 4, 4)).square().sum())
 BUGS = {  # name: (the bug, a program)
     "scale": (lambda: changed(ATTENTION, scale=lambda s: 1.0), LITTLE),
     "swapped layout": (lambda: changed(ATTENTION, input_layout=lambda s: "BNSD"), LITTLE),
@@ -280,7 +327,12 @@ BUGS = {  # name: (the bug, a program)
         g + g, a, b, mask)), USES[aten.matmul_backward.default][0]),
     "added instead of written": (lambda: decomposed(aten.index_copy.default, lambda x, dim, index, source: x.index_add(
         dim, index, source)), lambda p, x: p.index_copy(0, (x[0, :2] * 2).long(), p[2:])),
-    "rounded on the way": (lambda: mock.patch.object(torch.ops.mmfunc.keep.default, "_ge_converter", rounded), LITTLE),
+    "rotated the wrong way": (lambda: changed(torch.ops.mmfunc.rotary.default, sin=lambda s: converters.ge.Neg(s)), TURNED),
+    "gate and up swapped": (lambda: mock.patch.dict(fused.FUSED, swiglu=(fused.FUSED["swiglu"][0], lambda g, u: (
+        npu.npu_swiglu(torch.cat([u, g], -1))))), step(lambda p, x: nn.glu(p, p + 1).sum())),
+    "epsilon forgotten": (lambda: mock.patch.dict(fused.FUSED, rmsnorm=(fused.FUSED["rmsnorm"][0], lambda x, w, eps: (
+        npu.npu_rms_norm(x, w, 0.0)[0]))), lambda p, x: nn.rmsnorm({"weight": p[0]}, p / 100, 1e-4)),
+    "rounded on the way": (lambda: mock.patch.object(torch.ops.mmfunc.keep.default, "_ge_converter", rounded), BIASED),
 }
 
 
@@ -327,11 +379,6 @@ def test_sizes_that_are_not_known():
     node.meta["val"] = ShapeEnv().create_unbacked_symint()
     with pytest.raises(ValueError, match="x has a size that is not known"):
         backend.refuse(torch.fx.GraphModule(torch.nn.Module(), graph))
-
-
-def test_remat_is_refused():
-    with pytest.raises(ValueError, match="keeps all that a backward pass reads; remat 'dots'"):
-        jit.jit(lambda x: x, backend="npu", remat="dots")
 
 
 def test_unknown_operations_are_failures():

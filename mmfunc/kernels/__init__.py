@@ -1,4 +1,5 @@
 """Hotspots: one function each, one implementation per device, and a plain reference."""
 
 from mmfunc.kernels.attention import attend
+from mmfunc.kernels.npu import fused
 from mmfunc.kernels.product import linear

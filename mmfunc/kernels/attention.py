@@ -140,4 +140,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, segments: S
         rows, columns = segments if isinstance(segments, tuple) else (segments, segments)
         return cpu.attention(q, k, v, rows, columns, start, causal, scale)[0]
     y = BACKENDS.get(q.device.type, fused)(q, k, v, causal, segments, start, scale, bias)
-    return keep(y) if torch.is_grad_enabled() and y.requires_grad else y
+    own = q.device.type == "npu" and bias is None  # a remat policy knows torch_npu's operation itself
+    return keep(y) if torch.is_grad_enabled() and y.requires_grad and not own else y

@@ -16,6 +16,7 @@ from mmfunc.nn.basic import (
     RMSNorm,
     embed,
     gelu_tanh,
+    glu,
     layernorm,
     linear,
     mlp,

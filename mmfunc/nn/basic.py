@@ -63,6 +63,9 @@ def RMSNorm(d: int, axis: str = "_") -> Tree:
 
 def rmsnorm(p: Tree, x: Tensor, eps: float = 1e-6, *, axis: str | None = None) -> Tensor:
     """Divide by the root mean square over the last dimension, summed across parts when axis names it."""
+    whole = axis is None or not shard.parts(axis)
+    if whole and (normed := kernels.fused("rmsnorm", x, p["weight"], eps)) is not None:
+        return normed
     y = x.float()
     mean = shard.mean(y.square(), axis) if axis else y.square().mean(-1, keepdim=True)
     return p["weight"] * (y * (mean + eps).rsqrt()).to(x.dtype)
@@ -87,8 +90,14 @@ def MLP(d: int, hidden: int, out: int | None = None, *, gated: bool = False, bia
     return {"gate": up, "up": up, "down": down} if gated else {"up": up, "down": down}
 
 
+def glu(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
+    """act(gate) * up, of one shape."""
+    fused = kernels.fused("swiglu", gate, up) if act is F.silu else None
+    return act(gate) * up if fused is None else fused
+
+
 def mlp(p: Tree, x: Tensor, act: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
     """[B, S, D] -> [B, S, D'] through one hidden layer."""
     x = shard.enter(x, "mlp")
-    h = act(linear(p["gate"], x)) * linear(p["up"], x) if "gate" in p else act(linear(p["up"], x))
+    h = glu(linear(p["gate"], x), linear(p["up"], x), act) if "gate" in p else act(linear(p["up"], x))
     return reduced(p["down"], h, "mlp")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmfunc import shard
+from mmfunc import kernels, shard
 from mmfunc.tree import Tree
 
 
@@ -27,6 +27,8 @@ def sections(ids: Tensor, width: int, parts: tuple[int, ...], theta: float) -> T
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate each channel with the one half a head further. x [..., S, H, K], angles [..., S, K/2] of whole rows."""
     angles = angles if shard.block() is None else shard.local(angles, -2)
+    if (turned := kernels.fused("rotate", x, angles)) is not None:
+        return turned
     cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

@@ -13,7 +13,8 @@ from torchair._ge_concrete_graph import ge_apis as ge
 from torchair._ge_concrete_graph.ge_converter import aten as _theirs  # noqa: F401  before ours, which replace some
 from torchair._ge_concrete_graph.ge_converter import custom as _more  # noqa: F401
 
-from mmfunc.kernels import attention  # noqa: F401  registers mmfunc::keep
+from mmfunc.kernels import attention as _attention  # noqa: F401  registers mmfunc::keep
+from mmfunc.kernels import npu as _npu  # noqa: F401  registers mmfunc::rotary
 
 aten, npu = torch.ops.aten, torch.ops.npu
 
@@ -67,6 +68,11 @@ def keep(x: Any) -> Any:
     return ge.Identity(x)
 
 
+def rotary(x: Any, cos: Any, sin: Any) -> Any:
+    """mmfunc::rotary is npu_rotary_mul but for its gradient."""
+    return ge.RotaryMul(x, cos, sin)
+
+
 def gelu(x: Any, approximate: str = "none") -> Any:
     """GELU as it is asked for: the operation Gelu is the fit by tanh, whatever is said."""
     return ge.GeluV2(x, approximate=approximate)
@@ -117,7 +123,7 @@ def fusion_attention_grad(*args: Any, **kwargs: Any) -> tuple:
 
 
 CONVERTERS: dict[Any, Callable] = {
-    torch.ops.mmfunc.keep.default: keep,
+    torch.ops.mmfunc.keep.default: keep, torch.ops.mmfunc.rotary.default: rotary,
     aten.gelu.default: gelu, aten.gelu_backward.default: gelu_backward,
     npu.npu_fusion_attention.default: fusion_attention,
     npu.npu_fusion_attention_grad.default: fusion_attention_grad,

@@ -52,6 +52,22 @@ def groupnorm(a: dict, x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, 
     return y, mean.to(x.dtype), variance.to(x.dtype)
 
 
+def rmsnorm(a: dict, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """y and 1 / root mean square over the dimensions of gamma, the latter in float32 and of size 1 there."""
+    wide = x.float()
+    rstd = (wide.square().mean(tuple(range(-gamma.ndim, 0)), keepdim=True) + a["epsilon"]).rsqrt()
+    return (wide * rstd * gamma.float()).to(x.dtype), rstd
+
+
+def rmsnorm_grad(a: dict, dy: Tensor, x: Tensor, rstd: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients by x and gamma, the latter in float32."""
+    inner, outer = tuple(range(-gamma.ndim, 0)), tuple(range(x.ndim - gamma.ndim))
+    normed, slope = x.float() * rstd, dy.float()
+    scaled = slope * gamma.float()
+    dx = (scaled - normed * (scaled * normed).mean(inner, keepdim=True)) * rstd
+    return dx.to(x.dtype), (slope * normed).sum(outer)
+
+
 def channels(a: dict, x: Tensor, *of: Tensor) -> list[Tensor]:
     """Numbers of each channel, in the shape that x [B, C, ...] meets."""
     if a["layout"] != {"NCHW"}:

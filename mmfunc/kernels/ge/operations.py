@@ -164,6 +164,27 @@ def gelu_grad(a: dict, dy: Tensor, x: Tensor) -> Tensor:
     return (slope * (0.5 * (1 + torch.erf(wide / math.sqrt(2))) + wide * density)).to(x.dtype)
 
 
+def swiglu(a: dict, x: Tensor) -> Tensor:
+    """silu of the first half, times the second."""
+    gate, up = x.float().chunk(2, a["dim"])
+    return (gate * torch.sigmoid(gate) * up).to(x.dtype)
+
+
+def swiglu_grad(a: dict, dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient of swiglu."""
+    (gate, up), slope = x.float().chunk(2, a["dim"]), dy.float()
+    s = torch.sigmoid(gate)
+    return torch.cat([slope * up * s * (1 + gate * (1 - s)), slope * gate * s], a["dim"]).to(x.dtype)
+
+
+def rotary(a: dict, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + (-second half, first half) sin, all of one dtype and four dimensions."""
+    if {cos.dtype, sin.dtype} != {x.dtype} or {x.ndim, cos.ndim, sin.ndim} != {4} or cos.shape != sin.shape:
+        raise ValueError("RotaryMul takes four dimensions and one dtype")
+    first, second = x.float().chunk(2, -1)
+    return (x * cos.float() + torch.cat([-second, first], -1) * sin.float()).to(x.dtype)
+
+
 def power(a: dict, x: Tensor) -> Tensor:
     """base^(scale x + shift); base -1 stands for e."""
     y = a["scale"] * x + a["shift"]
@@ -219,7 +240,8 @@ OPERATIONS: dict[str, Callable] = {name: _plain(fn) for name, fn in PLAIN.items(
     "SigmoidGrad": lambda a, y, dy: dy * y * (1 - y), "GeluV2": gelu, "GeluGradV2": gelu_grad,
     "SoftmaxV2": lambda a, x: torch.softmax(x, a["axes"][0], torch.float32 if a["half_to_float"] else None),
     "SoftmaxGrad": norms.softmax_grad, "LayerNormV4": norms.layernorm, "LayerNormGradV3": norms.layernorm_grad,
-    "GroupNorm": norms.groupnorm, "BNTrainingUpdateGrad": norms.batchnorm_update,
+    "RmsNorm": norms.rmsnorm, "RmsNormGrad": norms.rmsnorm_grad, "SwiGlu": swiglu, "SwiGluGrad": swiglu_grad,
+    "RotaryMul": rotary, "GroupNorm": norms.groupnorm, "BNTrainingUpdateGrad": norms.batchnorm_update,
     "BNTrainingReduceGrad": norms.batchnorm_reduce, "LpNormV2": norms.lp_norm,
     "MatMul": p.matmul, "MatMulV2": p.matmul, "BatchMatMul": p.batch_matmul,
     "HcomAllReduce": collectives.all_reduce, "HcomAllGather": collectives.all_gather,
