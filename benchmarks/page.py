@@ -56,6 +56,14 @@ def scaled(said: dict[str, Any]) -> str:
     return "\n".join(["## Scaling\n", *out, ""]) if out else ""
 
 
+def attended(rows: list[dict[str, Any]]) -> str:
+    """What attention.py found."""
+    head = ["shape", "pass", "PyTorch", "ours", "ratio", "causal", "packed"]
+    found = table(head, [[r["shape"], *list(r.values())[1:]] for r in rows])
+    return "## Attention on CPU\n\nGFLOP a core-second; causal order and 16 packed segments as shares of the time of " \
+           f"full attention.\n\n{found}\n" if rows else ""
+
+
 def compared(works: dict[str, Any]) -> str:
     """The table of all sides."""
     head = ["", "what", "side", "seconds", "over ours", "compile, CPU s", "temporary MiB", "peak RSS GiB"]
@@ -76,7 +84,6 @@ def write(said: dict[str, Any], folder: Path) -> None:
     (folder / "roofline.svg").write_text(bars("best possible time of this machine over ours", parts, "", 1))
     ours = [[n, w.get("gflop", ""), w.get("gflop_per_core_s", ""), w.get("fkr", w.get("read_share", "")),
              w.get("memory", ""), w.get("memory_with_state", "")] for n, w in works.items()]
-    attention = [[r["shape"], *list(r.values())[1:]] for r in said.get("attention", [])]
     first, rate = works["W1"]["peers"]["mmfunc"], {k: f"{v / 1e9:.0f}" for k, v in can.items()}
     versions = ", ".join(f"{k} {v}" for k, v in said["versions"].items())
     shares = ["", "GFLOP", "GFLOP a core-second", "fraction of roofline", "temporary memory / eager", "with the state"]
@@ -103,12 +110,7 @@ W5 the figure is the share of the read bandwidth. Done in float32 for want of in
 A second process with a warm compile cache takes its first W1 step after {first["warm_first_s"]:.1f} s, of
 {first["warm_compile_cpu_s"]:.1f} CPU seconds more than a later one.
 
-## Attention on CPU
-
-GFLOP a core-second; causal order and 16 packed segments as shares of the time of full attention.
-
-{table(["shape", "pass", "PyTorch", "ours", "ratio", "causal", "packed"], attention)}
-{scaled(said)}"""
+{attended(said.get("attention", []))}{scaled(said)}"""
     (folder / "benchmarks.md").write_text(text)
 
 
