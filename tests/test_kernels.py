@@ -63,7 +63,8 @@ def exact(q, k, v, causal, segments, start, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_errors_are_no_larger_than_those_of_pytorch(dtype):
     """300 shapes and masks: each error within 1.2 times that of PyTorch's kernel or operations, all in all within 1.1."""
-    floor = 4e-7 if dtype == torch.float32 else 5e-4  # of the values: two ways to round the same
+    # of the values: two ways to round the same; in bf16 one rounding, which PyTorch's kernel on some CPUs does not make
+    floor = 4e-7 if dtype == torch.float32 else 2**-9
     total = torch.zeros(4, 3)
     for seed in range(300):
         tensors, masks, seen = draw(seed, dtype)
