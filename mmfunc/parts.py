@@ -18,8 +18,7 @@ from mmfunc import jit, lower, shard, tree
 from mmfunc.nn import chain
 from mmfunc.shard.layout import Layout, Spec, lengths
 from mmfunc.shard.mesh import Mesh, Net, abstract
-from mmfunc.shard.state import in_layer
-from mmfunc.shard.use import ALL
+from mmfunc.shard.use import ALL, in_layer
 from mmfunc.signature import named
 from mmfunc.tree import Tree
 from mmfunc.work import Graph, Work, early

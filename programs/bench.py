@@ -1,6 +1,6 @@
 """Time a training step, or decoding, against the program's own FLOPs.
 
-    python programs/bench.py --model qwen2vl:tiny --batch 4 --tokens 345 --pixels 336
+    python programs/bench.py --model qwen2vl:tiny --size.batch 4 --size.tokens 345 --size.height 336
     python programs/bench.py --model qwen2:2.5-0.5b --decode 32 --dtype bf16
 
 Random weights, no data. Prints medians of the time and the FLOP/s, and the share of a measured matrix product's.
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from mmfunc import generate, jit, metrics, models, optim, random, tree
+from mmfunc import example, generate, jit, metrics, models, optim, random, tree
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -25,9 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 @dataclass(frozen=True)
 class Args:
     model: str  # family:preset
-    batch: int = 1
-    tokens: int = 256  # of a row, pictures included; of the prompt when decoding
-    pixels: int = 0  # side of one square picture in each row; 0: text only
+    size: example.Sizes = example.Sizes(tokens=256)  # of the batch, or of the prompts when decoding
     train: str = "."  # rule over parameter names: what is trained
     decode: int = 0  # time so many decoding steps instead of training
     dtype: Literal["fp32", "bf16"] = "fp32"  # of parameters; bf16 ones have float32 masters
@@ -38,32 +36,13 @@ class Args:
     threads: int = 0  # 0: torch's choice
 
 
-def batch(family: Any, c: Any, a: Args) -> dict[str, torch.Tensor]:
-    """Rows of random words, each with one picture behind its first words."""
-    g = torch.Generator().manual_seed(0)
-    vocab = c.text.vocab if a.pixels else getattr(c, "text", c).vocab
-    ids = torch.randint(0, vocab // 2, (a.batch, a.tokens), generator=g)
-    more = {}
-    if a.pixels:
-        side = a.pixels // c.patch
-        n = side * side // c.merge**2
-        ids[:, 5], ids[:, 6 : 6 + n] = c.start_token, c.image_token
-        more = {"pixel_values": torch.randn(a.batch * side * side, c.channels * c.frames * c.patch**2, generator=g),
-                "image_grid_thw": torch.tensor([[1, side, side]] * a.batch)}
-    labels = torch.where(ids < vocab // 2, ids, -100)
-    made = {"input_ids": ids, "labels": labels} | more
-    return family.prepare(c, made) if hasattr(family, "prepare") else made
-
-
 def trainer(family: Any, c: Any, params: tree.Tree, b: dict, a: Args) -> tuple[Callable, float]:
     """(a call of the training step, its FLOPs)."""
     tx = optim.chain(optim.adamw(), optim.decay(0.01), optim.scale(1e-4))
     tx = optim.masters(tx) if a.dtype == "bf16" else tx
     trained = tree.select(params, a.train)
     state = optim.init(tx, trained, tree.without(params, trained))
-    step = jit.jit(
-        partial(optim.step, lambda p, x: family.loss(p, c, x), tx), a.mode, a.backend, donate=True, remat=a.remat
-    )
+    step = jit.jit(partial(optim.step, example.loss(family, c), tx), a.mode, a.backend, donate=True, remat=a.remat)
     flops = step.lower(state, b).cost()["flops"]
     return lambda: step(state, b)[1]["loss"].item(), flops
 
@@ -72,8 +51,9 @@ def decoder(family: Any, c: Any, params: tree.Tree, b: dict, a: Args) -> tuple[C
     """(a call that decodes the tokens behind a prompt, its FLOPs without attention)."""
     call = generate.stepper(family.step, c, mode=a.mode, backend=a.backend)
     ready = {k: v for k, v in b.items() if k != "labels"}
-    run = lambda new: generate.generate(family, params, c, ready, new=new, call=call, slots=a.tokens + a.decode + 1)
-    return lambda: run(a.decode + 1), 2.0 * a.batch * a.decode * tree.size(family.params(c))
+    slots = a.size.tokens + a.decode + 1
+    run = lambda new: generate.generate(family, params, c, ready, new=new, call=call, slots=slots)
+    return lambda: run(a.decode + 1), 2.0 * a.size.batch * a.decode * tree.size(family.params(c))
 
 
 def timed(call: Callable, runs: int) -> list[float]:
@@ -91,7 +71,7 @@ def main(a: Args) -> None:
         torch.set_num_threads(a.threads)
     family, c = models.get(a.model)
     params = tree.init(family.params(c), random.key(0), DTYPES[a.dtype])
-    b = batch(family, c, a)
+    b = example.batch(a.model, family, c, a.size)
     call, flops = (decoder if a.decode else trainer)(family, c, params, b, a)
     first = timed(call, 1)[0]
     times = timed(call, a.runs)

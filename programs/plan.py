@@ -1,24 +1,21 @@
 """What a training step needs and takes on devices that need not be there: memory, transfers, time, MFU.
 
     python programs/plan.py --model wan:t2v-14b --machine h200 --mesh.fsdp 64 --remat attention
-    python programs/plan.py --model qwen2vl:2.5-72b --machine 910b-376t --devices 512 --batch 512 --pixels 1008
+    python programs/plan.py --model qwen2vl:2.5-72b --machine 910b-376t --devices 512 --batch 512 --size.height 1008
 
 With --devices it looks for the fastest plan that fits. Nothing runs and no weight is allocated.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
 
-from mmfunc import machines, models, picture, search, shard, tree
+from mmfunc import example, machines, models, picture, search, shard
 from mmfunc.plan import Forecast, Model, Plan, forecast
-
-FAMILIES = "flux", "qwen2", "qwen2vl", "wan"
-CAPTION = 512  # tokens
 
 
 @dataclass(frozen=True)
@@ -28,56 +25,22 @@ class Args:
     mesh: shard.Mesh = field(default_factory=shard.Mesh)  # ranks along each axis
     devices: int = 0  # look for the fastest plan on so many; 0: the plan is given
     batch: int = 0  # samples of an update for --devices; 0: one for each device
-    micro: int = 1  # samples of a micro-batch on a rank
+    size: example.Sizes = example.Sizes(tokens=8192)  # of a micro-batch on a rank
     accumulate: int = 1  # micro-batches of an update
     remat: Literal["nothing", "attention", "dots"] | None = None  # what layers keep for the backward pass; None: all
     schedule: Literal["gpipe", "1f1b", "zero-bubble"] = "1f1b"  # of the pipeline
     virtual: int = 1  # stages on a rank
     dtype: Literal["fp32", "bf16"] = "bf16"  # of the computation; parameters are kept in float32
     train: str = "."  # rule over parameter names: what is trained
-    tokens: int = 8192  # of a sample of text, pictures included
-    pixels: int = 0  # side of one square picture in each sample of text; 0: none
-    frames: int = 81  # of a video
-    height: int = 480
-    width: int = 832
     svg: Path | None = None  # draw it there
-
-
-def batch(module: Any, c: Any, samples: int, a: Args) -> dict:
-    """An abstract micro-batch of a family's loss."""
-    empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")
-    family, count = module.__name__.rpartition(".")[2], {"num_items_in_batch": empty(dtype=torch.int64)}
-    if family in ("wan", "flux"):
-        frames = ((a.frames - 1) // 4 + 1,) if family == "wan" else ()
-        grid = *frames, a.height // 8, a.width // 8
-        made = {n: empty(samples, c.channels, *grid) for n in ("latents", "noise")} | count
-        made |= {"t": empty(samples), "encoder_hidden_states": empty(samples, CAPTION, c.text)}
-        if family == "flux":
-            made["pooled_projections"] = empty(samples, c.pooled)
-            made |= {"guidance": empty(samples)} if c.guidance else {}
-        elif c.image:
-            made["condition"] = empty(samples, c.condition, *grid)
-            made["encoder_hidden_states_image"] = empty(samples, c.places or 257, c.image)
-        return made
-    ids, more = torch.zeros(samples, a.tokens, dtype=torch.int64), {}
-    if family == "qwen2vl" and a.pixels:
-        side = a.pixels // c.patch // c.merge * c.merge
-        ids[:, 1], ids[:, 2 : 2 + side**2 // c.merge**2] = c.start_token, c.image_token
-        more = {"pixel_values": torch.zeros(samples * side**2, c.channels * c.frames * c.patch**2),
-                "image_grid_thw": torch.tensor([[1, side, side]] * samples)}
-    made = {"input_ids": ids, "labels": ids} | more
-    made = module.prepare(c, made) if family == "qwen2vl" else made
-    return tree.map(lambda t: empty(*t.shape, dtype=t.dtype) if isinstance(t, torch.Tensor) else t, made) | count
 
 
 def model(a: Args) -> Model:
     """What is trained."""
-    module, c = models.family(Path(a.model)) if Path(a.model).is_dir() else models.get(a.model)
-    if (family := module.__name__.rpartition(".")[2]) not in FAMILIES:
-        raise ValueError(f"how a batch of {family} looks is not known here, but of {', '.join(FAMILIES)}")
+    family, c = models.family(Path(a.model)) if Path(a.model).is_dir() else models.get(a.model)
+    micro = lambda n: example.abstract(a.model, family, c, replace(a.size, batch=n))
     compute = torch.bfloat16 if a.dtype == "bf16" else None
-    loss, micro = lambda p, b: module.loss(p, c, b), lambda n: batch(module, c, n, a)
-    return Model(a.model, loss, module.params(c), micro, a.train, compute)
+    return Model(a.model, example.loss(family, c), family.params(c), micro, a.train, compute)
 
 
 def report(f: Forecast) -> str:
@@ -99,7 +62,7 @@ def main(a: Args) -> int:
     if a.devices:
         f = search.fastest(what, a.devices, a.batch or a.devices, m)
     else:
-        f = forecast(what, Plan(a.mesh, a.micro, a.accumulate, a.remat, a.schedule, a.virtual), m)
+        f = forecast(what, Plan(a.mesh, a.size.batch, a.accumulate, a.remat, a.schedule, a.virtual), m)
     print(report(f))
     print(picture.text(what, f, m.memory))
     if a.svg:

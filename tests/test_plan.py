@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mmfunc import jit, machines, optim, parts, picture, random, search, shard, tree
+from mmfunc import example, jit, machines, optim, parts, picture, random, search, shard, tree
 from mmfunc.machines import MACHINES, Machine
 from mmfunc.models import flux, qwen2, wan
 from mmfunc.plan import Model, Plan, forecast
@@ -35,10 +35,10 @@ def meta(batch: tree.Tree) -> tree.Tree:
     return tree.map(lambda t: torch.empty_like(t, device="meta") if isinstance(t, torch.Tensor) else t, batch)
 
 
-def built(name: str, module, c, **flags) -> Model:
-    """A Model of a Config, with the batch that programs/plan.py makes."""
-    a = program.Args(name, **flags)
-    return Model(name, lambda p, b: module.loss(p, c, b), module.params(c), lambda n: program.batch(module, c, n, a))
+def built(name: str, module, c, **sizes) -> Model:
+    """A Model of a Config, with batches of such samples."""
+    micro = lambda n: example.abstract(name, module, c, example.Sizes(n, **sizes))
+    return Model(name, lambda p, b: module.loss(p, c, b), module.params(c), micro)
 
 
 def sent(works: list) -> dict[tuple[str, str], float]:
@@ -191,9 +191,8 @@ def test_megatron_from_96_to_4608():
 
 def test_mlperf_from_16_to_72():
     """FLUX in MXFP8 on GB300, 64 and 32 samples a device (config_GB300_04x04x64, 18x04x32): 69.1 and 62.6 a second."""
-    base = built("flux:schnell", flux, flux.PRESETS["schnell"], height=256, width=256)
-    micro = lambda n: base.batch(n) | {"encoder_hidden_states": torch.empty(n, 256, 4096, device="meta")}
-    model, fp8 = replace(base, batch=micro), replace(MACHINES["gb300"], peak=5000e12)
+    model = built("flux:schnell", flux, flux.PRESETS["schnell"], height=256)
+    fp8 = replace(MACHINES["gb300"], peak=5000e12)
     one, many = (rate(model, Plan(Mesh(fsdp=n, zero=1), k), fp8) for n, k in ((16, 64), (72, 32)))
     assert abs(many / one - 62.6 / 69.1) < 0.05
 
@@ -201,7 +200,7 @@ def test_mlperf_from_16_to_72():
 def test_xdit_from_1_to_8():
     """HunyuanVideo of 129 x 720 x 1280 on H100, Ulysses: 1,904.1 and 337.6 s. What does not divide (text encoder, VAE) is
     taken from H20, where 6,639.2 and 941.0 s were measured."""
-    model = built("hunyuan", flux, HUNYUAN, height=5280, width=5760)  # as many tokens
+    model = built("hunyuan", flux, HUNYUAN, caption=512, height=5280, width=5760)  # as many tokens
     seconds = []
     for n in (1, 8):
         mesh = Mesh(ulysses=n)
@@ -216,7 +215,7 @@ def test_xdit_from_1_to_8():
 @pytest.mark.parametrize("machine", ["h200", *(pytest.param(n, marks=pytest.mark.deep) for n in ("910b-376t", "910b-313t"))])
 def test_wan_scales_to_8192(machine):
     """Weak scaling from 8 devices, as modelled: at least 95 %."""
-    model = built("wan:t2v-14b", wan, wan.PRESETS["t2v-14b"])
+    model = built("wan:t2v-14b", wan, wan.PRESETS["t2v-14b"], height=480, width=832)
     one, many = (rate(model, Plan(mesh, remat="attention"), MACHINES[machine])
                  for mesh in (Mesh(fsdp=8), Mesh(data=128, fsdp=64)))
     assert many / one >= 0.95
@@ -227,9 +226,9 @@ def test_wan_scales_to_8192(machine):
 MODELS = {
     "qwen2": (qwen2, qwen2.Config(width=256, hidden=704, heads=8, kv_heads=4, layers=8, vocab=2048), {"tokens": 1024}),
     "wan": (wan, replace(wan.PRESETS["tiny"], width=192, hidden=512, heads=4, layers=12),
-            {"frames": 17, "height": 256, "width": 256}),
+            {"frames": 17, "height": 256, "caption": 512}),
     "flux": (flux, replace(flux.PRESETS["tiny"], width=192, heads=4, layers=3, single=4, axes=(8, 20, 20)),
-             {"height": 384, "width": 384}),
+             {"height": 384, "caption": 512}),
 }
 
 
@@ -245,9 +244,8 @@ def grown(rank: int, world: int, name: str, mesh: Mesh) -> int:
     """
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, 2**16), libc.mallopt(-1, 2**16)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-    module, c, flags = MODELS[name]
-    batch = program.batch(module, c, 2, program.Args(name, **flags))
-    batch = tree.map(lambda t: torch.ones(t.shape, dtype=t.dtype), batch)
+    module, c, sizes = MODELS[name]
+    batch = example.batch(name, module, c, example.Sizes(2, **sizes)) | {"num_items_in_batch": torch.tensor(2)}
     with shard.use(shard.connect(mesh), module.params(c)):
         state = optim.init(ADAMW, shard.place(tree.init(module.params(c), random.key(0))))
         step = jit.jit(partial(optim.step, lambda p, b: module.loss(p, c, b), ADAMW), "whole", "eager", donate=True,
@@ -263,8 +261,8 @@ def grown(rank: int, world: int, name: str, mesh: Mesh) -> int:
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.deep if n != "qwen2" else ()) for n in MODELS])
 def test_real_ranks_hold_what_was_predicted(name):
     """Four processes, eager, the state and what layers keep divided; within 10 %."""
-    mesh, (module, c, flags) = Mesh(fsdp=4), MODELS[name]
-    model = replace(built(name, module, c, **flags), compute=None)
+    mesh, (module, c, sizes) = Mesh(fsdp=4), MODELS[name]
+    model = replace(built(name, module, c, **sizes), compute=None)
     want = forecast(model, Plan(mesh, 2, 1, "attention"), MACHINES["cpu"]).memory["peak"]
     done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, timeout=200)  # a clean heap
     assert done.returncode == 0, done.stderr
@@ -294,7 +292,7 @@ def test_the_program_prints_a_plan_and_draws_it(tmp_path):
 @pytest.mark.parametrize("args,said", [
     (["--model", "wan:t2v-99b"], "no preset '99b'|has no preset"),
     (["--model", "wan:tiny", "--machine", "tpu"], "'tpu' is unknown; there are 910b-313t"),
-    (["--model", "sd_vae:flux"], "how a batch of sd_vae looks is not known"),
+    (["--model", "qwen2vl:tiny", "--size.height", "4000", "--size.tokens", "64"], "a row of 64 cannot hold it"),
     (["--model", "wan:tiny", "--mesh.ep", "2"], "cannot use ep, which divides expert: its parameters are declared with"),
     (["--model", "wan:tiny", "--mesh.pp", "9"], "cannot use pp 9: it has 2 layers"),
     (["--model", "wan:t2v-14b"], r"does not fit: [\d.]+ GiB more than h200 has"),

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfunc import generate, jit, models, nn, random, shard, tree
+from mmfunc.models import sd_vae, wan_vae
 from mmfunc.shard import layout
 from mmfunc.tree import Tree
 
@@ -399,6 +400,54 @@ def test_words_under_a_divided_vocabulary(world):
     want = {n: says(None, n) for n in ("qwen2", "qwen2 odd")}
     for found in mesh_ranks.run(spoken, world, want):
         assert all(far < 1e-5 and same for far, same in found.values()), found
+
+
+# ---- compiled
+
+def chained(block, c) -> object:
+    chain = nn.Chain(lambda p, c, b: (b["x"], {}), (("blocks", block),), lambda p, c, x, ctx: x)
+    return lambda p, b: chain(p, c, b).square().mean()
+
+
+def looked(p: Tree, batch: Tree) -> Tensor:
+    """A loss of what ranks see of pictures, some each."""
+    run = lambda x: (x.flatten() @ p["see"]["weight"][:, : x.numel()].T).tanh()
+    return sum(y.square().sum() for y in shard.shared(run, batch["x"], [t.numel() for t in batch["x"]], [(3,)] * 3))
+
+
+PLAIN, CAUSAL = sd_vae.Config(groups=2), wan_vae.Config()
+SMALL = {  # mesh, what is declared, (p, batch) -> loss, shape of x
+    "rows": (shard.Mesh(ulysses=2), {"blocks": [sd_vae.Resnet(4, 4), {"down": nn.Conv(4, 4, (3, 3))}, {
+        "norm": nn.GroupNorm(4), "self": nn.Attention(4, 1, 4)}, {"up": nn.Conv(4, 2, (3, 3))}]},
+        chained(sd_vae.block, PLAIN), (1, 4, 10, 6)),
+    "frames": (shard.Mesh(ring=2), {"blocks": [nn.Conv(4, 4, (3, 3, 3)), {
+        "down": nn.Conv(4, 4, (3, 3)), "time": nn.Conv(4, 4, (3, 1, 1))}, {
+        "up": nn.Conv(4, 4, (3, 3)), "time": nn.Conv(4, 8, (3, 1, 1))}]}, chained(wan_vae.block, CAUSAL), (1, 4, 7, 4, 6)),
+    "space and time": (shard.Mesh(ulysses=2), {"blocks": VIDEO["blocks"][:1]}, chained(across, None), (2, 5, 7, D)),
+    "experts": (shard.Mesh(ep=2), {"blocks": meshes.EXPERTS["blocks"][:1]}, chained(
+        lambda p, c, x, ctx: meshes.sparse(p, c, x, {"room": None}), None), (2, 7, D)),
+    "pictures": (shard.Mesh(tp=2), {"see": nn.Linear(60, 3)}, looked, [(3, 5, 4), (3, 2, 2), (3, 4, 1)]),
+}
+
+
+def compiled(rank: int, world: int, backend: str) -> dict[str, float]:
+    """How far loss and gradients of compiled schemes are from the eager ones."""
+    out = {}
+    for name, (mesh, declared, loss, shape) in SMALL.items():
+        x = meshes.draw(1, *shape) if isinstance(shape, tuple) else [meshes.draw(i, *s) for i, s in enumerate(shape)]
+        with shard.use(shard.connect(mesh), declared):
+            params = shard.place(meshes.redrawn(declared))
+            step = lambda p, b, loss=loss: jit.value_and_grad(lambda p, b: shard.share(loss(shard.ready(p), b)))(p, b)
+            want, found = (jit.jit(step, backend=b)(params, {"x": x}) for b in ("eager", backend))
+        out[name] = apart(*((v, tree.flatten(g)) for v, g in (found, want)))
+    return out
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.deep)])
+def test_compiled_schemes_equal_eager_ones(backend):
+    """Each as one graph, forward and backward, on two ranks."""
+    for found in mesh_ranks.run(compiled, 2, backend):
+        assert found.keys() == SMALL.keys() and max(found.values()) < 1, found
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def block(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
 
 def look(p: Tree, c: Config, batch: dict[str, Tensor]) -> tuple[Tensor, Tree]:
     """batch: pixel_values [B, C, Y, X] in -1..1."""
-    x = batch["pixel_values"]
+    x = batch["pixel_values"].to(p["encoder"]["in"]["weight"].dtype)
     if x.shape[-2] % c.factor or x.shape[-1] % c.factor:
         near = " x ".join(str(max(round(n / c.factor), 1) * c.factor) for n in x.shape[-2:])
         raise ValueError(f"an image of {x.shape[-2]} x {x.shape[-1]} pixels: sides must be multiples of {c.factor}, "

@@ -149,7 +149,7 @@ def block(p: Tree, c: Config, x: Tensor, ctx: Tree, entry: Tree | None = None) -
 
 def look(p: Tree, c: Config, batch: dict[str, Tensor]) -> tuple[Tensor, Tree]:
     """batch: pixel_values [B, C, T, Y, X] in -1..1."""
-    return batch["pixel_values"], {}
+    return batch["pixel_values"].to(p["encoder"]["in"]["weight"].dtype), {}
 
 
 def moments(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:

@@ -13,7 +13,7 @@ from mmfunc.shard import layout
 from mmfunc.shard.collectives import number, psum
 from mmfunc.shard.layout import Layout, Piece, Spec
 from mmfunc.shard.mesh import AXES, BATCH, PEERS
-from mmfunc.shard.use import ALL, Use, use, using
+from mmfunc.shard.use import ALL, Use, in_layer, use, using
 from mmfunc.tree import Tree
 
 
@@ -146,11 +146,6 @@ def unready(grads: Tree) -> Tree:
 def _apart(flat: dict[str, Tensor], now: Use) -> dict[str, Tensor]:
     """What is gathered before the loss."""
     return {n: t for n, t in flat.items() if now.net.mesh.zero < 3 or not in_layer(n)}
-
-
-def in_layer(name: str) -> bool:
-    """Whether a parameter belongs to a layer of a list."""
-    return any(part.isdigit() for part in name.split("."))
 
 
 def counted(batch: Tree) -> Tree:

@@ -247,6 +247,11 @@ def start(n: int, axis: str) -> Tensor | int:
 
 # ---- blocks
 
+def in_layer(name: str) -> bool:
+    """Whether a parameter, or a path, belongs to a layer of a list."""
+    return any(part.isdigit() for part in name.split("."))
+
+
 def crossing(context: bool) -> None:
     """Whether what attends next are the rows of x to keys of a context, which is whole, or to each other."""
     if _block[-1] is not None:
@@ -256,12 +261,13 @@ def crossing(context: bool) -> None:
 def inside(fn: Callable, path: str, rows: Rows | None) -> Callable:
     """A block as a function of its layer's parts; it gathers them, so that a policy which runs it again does so too."""
     now = _use[-1]
-    return fn if now is None else partial(_run, fn, now.layers[path], rows or ())
+    return fn if now is None else partial(_run, fn, now.layers[path], rows or (), in_layer(path))
 
 
-def _run(fn: Callable, layer: Layer, rows: Rows, p: Tree, c: Any, x: Tree, ctx: Tree, *entry: Tree) -> Any:
+def _run(fn: Callable, layer: Layer, rows: Rows, parted: bool, p: Tree, c: Any, x: Tree, ctx: Tree, *entry: Tree
+         ) -> Any:
     now = _use[-1]
-    if now.net.mesh.zero == 3:
+    if now.net.mesh.zero == 3 and parted:
         flat = tree.flatten(p)
         ways = {n: (s, s.store, s.compute) for n, s in layer.specs.items()}
         p = tree.unflatten(layout.gathered(flat, ways, now.net), p)
