@@ -127,14 +127,16 @@ def test_only_the_axes_that_change_communicate():
     assert sizes.count(4) == 1 and sizes.count(2) >= 8, sizes
 
 
-def compiled(rank: int, world: int, plan: str, name: str, mode: str, remat: str | None = None) -> list[float]:
+def compiled(rank: int, world: int, plan: str, name: str, mode: str, remat: str | None = None,
+             compute: torch.dtype | None = None) -> list[float]:
     """How far a step compiled on real ranks is from the eager one: loss, norm, parameters."""
     mesh = meshes.PLANS[plan]
     one, tx = meshes.case(name), meshes.OPTIMIZERS["adamw"][0]
     with shard.use(shard.connect(mesh), meshes.declared(name)):
         whole, batch, ends = shard.place(meshes.divided(name)[0]), one.batch(meshes.samples(mesh, rank)), []
         for backend in ("eager", "aot_eager"):
-            step = jit.jit(partial(optim.step, lambda p, b: one.loss(p, one.c, b), tx), mode, backend, remat=remat)
+            loss = lambda p, b: one.loss(p, one.c, b)
+            step = jit.jit(partial(optim.step, loss, tx, compute=compute), mode, backend, remat=remat)
             ends.append(step(optim.init(tx, tree.map(torch.clone, whole)), batch))
     (a, told), (b, said) = ends
     apart = [abs(told[k] - said[k]).item() for k in ("loss", "grad_norm")]
@@ -147,13 +149,13 @@ def test_compiled_equals_eager(plan, mode):
     assert max(max(r) for r in mesh_ranks.run(compiled, 2, plan, "qwen2", mode)) < 2e-6
 
 
-def test_compiled_on_four_ranks():
+@pytest.mark.parametrize("plan,remat,compute", [("fsdp2 tp2", None, None), ("fsdp2 tp2", "dots", torch.bfloat16),
+                                                ("ring2 ulysses2", "nothing", None)])
+def test_compiled_on_four_ranks(plan, remat, compute):
     """Each rank would compile the same graph: one does, against the eager step, without the others."""
-    mesh = meshes.PLANS["fsdp2 tp2"]
-    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=mesh.world)
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
     try:
-        for remat in (None, "dots"):
-            assert max(compiled(3, mesh.world, "fsdp2 tp2", "qwen2", "whole", remat)) < 2e-6
+        assert max(compiled(3, 4, plan, "qwen2", "whole", remat, compute)) < 2e-6
     finally:
         dist.destroy_process_group()
 

@@ -176,7 +176,8 @@ def gathered(flat: dict[str, Tensor], layouts: dict[str, tuple[Spec, Layout, Lay
     for names in _by({n: (t.dtype, t.requires_grad) for n, t in flat.items() if n not in out}):
         parts = [flat[n].movedim(dims[n], 0) for n in names]
         row = torch.cat([t.reshape(-1) for t in parts])[None]
-        rows = _Gather.apply(row, net) if row.requires_grad and wide(row, net) else gather(row, 0, ("fsdp",), net)
+        fsdp, wider = ("fsdp",), row.requires_grad and wide(row, net)
+        rows = torch.ops.mmfunc.gather(row, net.size(fsdp), net.group(fsdp)) if wider else gather(row, 0, fsdp, net)
         for n, t, y in zip(names, parts, rows.split([t.numel() for t in parts], 1)):
             s, src, _ = layouts[n]
             size = lengths(s, dims[n], src.dims[dims[n]], net)[-2]
@@ -190,16 +191,23 @@ def wide(x: Tensor, net: Net) -> bool:
 
 
 class _Gather(torch.autograd.Function):
-    """What ranks along fsdp have; gradients are summed in float32, and rounded once."""
+    """What n ranks of a group have; gradients are summed in float32, and rounded once."""
 
     @staticmethod
-    def forward(ctx: Any, row: Tensor, net: Net) -> Tensor:
-        ctx.net = net
-        return gather(row, 0, ("fsdp",), net)
+    def forward(ctx: Any, row: Tensor, n: int, group: str) -> Tensor:
+        ctx.group = n, group
+        return _c10d.wait_tensor(_c10d.all_gather_into_tensor(row, n, group))
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return scatter(g.float(), 0, ("fsdp",), ctx.net).to(g.dtype), None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        total = _c10d.reduce_scatter_tensor(g.float().contiguous(), "sum", *ctx.group)
+        return _c10d.wait_tensor(total).to(g.dtype), None, None
+
+
+# an operation made of others: what a graph records of a Function itself, a remat policy does not find in it again
+_c10d, _lib = torch.ops._c10d_functional, torch.library.Library("mmfunc", "FRAGMENT")
+_lib.define("gather(Tensor row, int n, str group) -> Tensor")
+_lib.impl("gather", lambda *how: _Gather.apply(*how), "CompositeImplicitAutograd")
 
 
 def scattered(flat: dict[str, Tensor], layouts: dict[str, tuple[Spec, Layout, Layout]], net: Net) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmfunc.shard.collectives import shift
 from mmfunc.shard.mesh import Net
+from mmfunc.shard.use import using
 
 BLOCK = 512  # queries whose scores exist at a time
 HIDDEN = -1e30  # the score of what is masked: finite, so that a row that sees nothing stays finite
@@ -25,17 +26,17 @@ def ring(q: Tensor, k: Tensor, v: Tensor, own: Tensor, others: Tensor, *, causal
 
     own [B or 1, m]: segments of the queries; others [R, B or 1, m]: of the keys of each rank, 0 is seen by nothing.
     """
-    return _Ring.apply(q, k, v, own, others, causal, scale, net)
+    return torch.ops.mmfunc.ring(q, k, v, own, others, net.index(("ring",)), causal, scale)
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, own: Tensor, others: Tensor, causal: bool, scale: float,
-                net: Net) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, own: Tensor, others: Tensor, at: Tensor, causal: bool,
+                scale: float, net: Net) -> Tensor:
         found: list[tuple[Tensor, Tensor]] = []
         kv = torch.stack([k, v])
         for j in range(net.mesh.ring):
-            seen, early = _source(others, j, net)
+            seen, early = _source(others, at, j)
             for a, b, triangle in _pairs(j, causal):
                 see = _see(_take(own, a, early), _take(seen, b, early), triangle)
                 new = _attend(_take(q, a, early), *(_take(t, b, early) for t in kv), see, scale)
@@ -43,18 +44,18 @@ class _Ring(torch.autograd.Function):
             if j < net.mesh.ring - 1:
                 kv = shift(kv, "ring", net)
         o, lse = (torch.cat(t, 1) for t in zip(*found))
-        ctx.save_for_backward(q, k, v, own, others, o.to(q.dtype), lse)
+        ctx.save_for_backward(q, k, v, own, others, at, o.to(q.dtype), lse)
         ctx.how = causal, scale, net
         return o.to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:
-        (q, k, v, own, others, o, lse), (causal, scale, net) = ctx.saved_tensors, ctx.how
+        (q, k, v, own, others, at, o, lse), (causal, scale, net) = ctx.saved_tensors, ctx.how
         delta = (g.float() * o.float()).sum(-1)
         kv = torch.stack([k, v])
         dq, dkv = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(kv, dtype=torch.float32)
         for j in range(net.mesh.ring):
-            seen, early = _source(others, j, net)
+            seen, early = _source(others, at, j)
             for a, b, triangle in _pairs(j, causal):
                 see = _see(_take(own, a, early), _take(seen, b, early), triangle)
                 mine = (_take(t, a, early) for t in (q, lse, g, delta))
@@ -68,13 +69,19 @@ class _Ring(torch.autograd.Function):
             if j < net.mesh.ring - 1:
                 kv = shift(kv, "ring", net)
         dk, dv = home + dkv
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 6
 
 
-def _source(others: Tensor, j: int, net: Net) -> tuple[Tensor, Tensor]:
+# an operation made of others: what a graph records of a Function itself, a remat policy does not find in it again
+_lib = torch.library.Library("mmfunc", "FRAGMENT")
+_lib.define("ring(Tensor q, Tensor k, Tensor v, Tensor own, Tensor others, Tensor at, bool causal, float scale) "
+            "-> Tensor")
+_lib.impl("ring", lambda *how: _Ring.apply(*how, using().net), "CompositeImplicitAutograd")
+
+
+def _source(others: Tensor, at: Tensor, j: int) -> tuple[Tensor, Tensor]:
     """Segments of the keys that are here in step j, and whether they are an earlier rank's."""
-    at = net.index(("ring",))
-    source = (at - j) % net.mesh.ring
+    source = (at - j) % len(others)
     return others.index_select(0, source)[0], source < at
 
 
