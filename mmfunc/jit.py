@@ -31,8 +31,10 @@ from mmfunc.signature import (
     check_donated,
     described,
     difference,
+    distinct,
     named,
     overwrite,
+    reason,
     same_shapes,
     signature,
 )
@@ -123,7 +125,7 @@ class Jitted:
         try:
             out = entry.call(signature(args)[1], args)
         except (exc.Unsupported, exc.UncapturedHigherOrderOpError, exc.FailOnRecompileLimitHit) as e:
-            raise CompileError(f"{_name(self.fn)} cannot be compiled as one graph: {_reason(e)}") from e
+            raise CompileError(f"{_name(self.fn)} cannot be compiled as one graph: {reason(e)}") from e
         except exc.BackendCompilerFailed as e:
             if not isinstance(e.inner_exception, ValueError):
                 raise
@@ -205,7 +207,7 @@ class Jitted:
 
         def run(tensors: list[Tensor], args: tuple) -> Any:
             with self._ambient():
-                return shape(args, call(_distinct(tensors)))
+                return shape(args, call(distinct(tensors)))
 
         return run
 
@@ -284,12 +286,6 @@ def _npu() -> Callable:
     return backend()
 
 
-def _distinct(tensors: list[Tensor]) -> list[Tensor]:
-    """Inputs of a graph: no tensor twice (a graph would take it for granted in the next call), none requiring grad."""
-    seen: set[int] = set()
-    return [t.detach() if id(t) in seen or t.requires_grad else seen.add(id(t)) or t for t in tensors]
-
-
 def _is(x: Any) -> bool:
     return isinstance(x, Tensor)
 
@@ -301,14 +297,3 @@ def _code(fn: Callable) -> Any:
 
 def _name(fn: Callable) -> str:
     return getattr(fn, "__name__", None) or (_name(fn.func) if isinstance(fn, partial) else type(fn).__name__)
-
-
-def _reason(e: Exception) -> str:
-    """Dynamo's words without its advice to its own developers: the cause, hints, and the lines of the user's code."""
-    cause, _, rest = str(e).partition("\n  Developer debug context:")
-    context, _, where = rest.partition("from user code:")
-    raised = context.partition("raised exception ")[2].partition("\n")[0]
-    lines = (f"it raised {raised}" if raised else cause).splitlines()
-    lines = [s for s in lines if s.strip() and "report an issue" not in s]
-    trace = where.partition("\nSet TORCHDYNAMO_VERBOSE")[0].rstrip()
-    return "\n".join(lines) + (f"\nin {trace.lstrip()}" if trace else "")

@@ -121,3 +121,20 @@ def check_donated(args: tuple) -> None:
             other = owner.setdefault(t.data_ptr(), name)
             if other is not name and other.startswith("0."):
                 raise ValueError(f"{other} is donated, and {name} is the same memory: give one of them a copy")
+
+
+def distinct(tensors: list[Tensor]) -> list[Tensor]:
+    """Inputs of a graph: no tensor twice (a graph would take it for granted in the next call), none requiring grad."""
+    seen: set[int] = set()
+    return [t.detach() if id(t) in seen or t.requires_grad else seen.add(id(t)) or t for t in tensors]
+
+
+def reason(e: Exception) -> str:
+    """Dynamo's words without its advice to its own developers: the cause, hints, and the lines of the user's code."""
+    cause, _, rest = str(e).partition("\n  Developer debug context:")
+    context, _, where = rest.partition("from user code:")
+    raised = context.partition("raised exception ")[2].partition("\n")[0]
+    lines = (f"it raised {raised}" if raised else cause).splitlines()
+    lines = [s for s in lines if s.strip() and "report an issue" not in s]
+    trace = where.partition("\nSet TORCHDYNAMO_VERBOSE")[0].rstrip()
+    return "\n".join(lines) + (f"\nin {trace.lstrip()}" if trace else "")
