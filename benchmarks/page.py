@@ -74,8 +74,8 @@ def compared(works: dict[str, Any]) -> str:
         for n, w in works.items() for p, r in w["peers"].items()])
 
 
-def write(said: dict[str, Any], folder: Path) -> None:
-    """The page and its pictures in a folder, of the parts that were measured."""
+def write(said: dict[str, Any], folder: Path, more: list[str]) -> None:
+    """The page and its pictures in a folder, of what was measured; more: the parts of scaling.py that were not."""
     folder.mkdir(exist_ok=True)
     works, can, m = said["workloads"], said["limits"], said["machine"]
     ratios = [(f"{n} / {p}", r, COLORS[p]) for n, w in works.items() for p, r in w["ratios"].items()]
@@ -90,8 +90,10 @@ def write(said: dict[str, Any], folder: Path) -> None:
     text = f"""# Benchmarks
 
 {said["date"]}: {m["cpu"]}, {m["cores"]} cores, {m["threads"]} threads; {versions}.
-`make bench` made this page in {said["minutes"]} minutes, from [the results](../benchmarks/results) of
-bf16 runs. Each side of a workload is a process of its own, with the same weights and batches; they take turns,
+This page shows [the results](../benchmarks/results) of `benchmarks/suite.py`, {said["minutes"]} minutes of bf16 runs.
+Not measured: {", ".join([n for n in workloads.WORKS if n not in works] + more) or "nothing"}.
+
+Each side of a workload is a process of its own, with the same weights and batches; they take turns,
 and their float32 losses or outputs were equal to 1e-4 before. A time is the median (lowest to highest).
 
 ![ratios](ratios.svg)
@@ -115,4 +117,7 @@ A second process with a warm compile cache takes its first W1 step after {first[
 
 
 if __name__ == "__main__":
-    write(json.loads(Path(sys.argv[1]).read_text()), Path(__file__).parent.parent / "docs")
+    import scaling
+
+    results = json.loads(Path(sys.argv[1]).read_text())
+    write(results, Path(__file__).parent.parent / "docs", [n for n in scaling.PARTS if n not in results])

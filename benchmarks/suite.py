@@ -34,7 +34,7 @@ PEERS = {"W1": ("eager", "compiled"), "W2": ("eager", "compiled"), "W3": ("eager
 
 @dataclass(frozen=True)
 class Args:
-    quick: bool = False  # fewer runs, no cold compilation of W1; compared with the last results that were written
+    quick: bool = False  # fewer runs, no cold compilation of W1; compared with the last results of such a machine
     only: tuple[str, ...] = ()  # workloads and parts of scaling.py; nothing is written
     update: Path | None = None  # results in which to replace what was measured now
     runs: int = 0  # of each peer; 0: 3 when quick, else 7
@@ -147,8 +147,9 @@ def main(a: Args) -> int:
     said = json.loads(a.update.read_text()) if a.update and a.update.exists() else now | {"workloads": {}}
     failed = measured(a, said)
     if a.quick and not a.only:
-        before = sorted((HERE / "results").glob("*.json"))
-        wrong = fallen(said, json.loads(before[-1].read_text())) if before else []
+        known = (json.loads(f.read_text()) for f in sorted((HERE / "results").glob("*.json")))
+        before = [r for r in known if r["machine"] == said["machine"]]  # ratios differ from one kind of CPU to another
+        wrong = fallen(said, before[-1] if before else {"workloads": {}})
         print(*wrong, sep="\n")
         return len(failed + wrong)
     if failed or (a.only and not a.update):
@@ -158,7 +159,7 @@ def main(a: Args) -> int:
     file = a.update or HERE / "results" / f"{said['date']}-{cpu}-{said['machine']['cores']}core.json"
     file.write_text(json.dumps(said, indent=1) + "\n")
     if "W1" in said["workloads"]:
-        page.write(said, HERE.parent / "docs")
+        page.write(said, HERE.parent / "docs", [n for n in scaling.PARTS if n not in said])
     print(f"wrote {file}; {said['minutes']} minutes")
     return 0
 

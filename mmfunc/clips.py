@@ -119,9 +119,8 @@ class Batches(Dataset):
     def turn(self, size: int, position: int, attempt: int = 0) -> tuple[int, int]:
         """(epoch, index) of the sample at a position among those of a size; another one for each attempt."""
         members = self.members[size]
-        epoch, at = divmod(position, len(members))
-        epoch += attempt * 1_000_003
-        return epoch, members[data.order(self.plan.seed, epoch, len(members), at)]
+        epoch, i = data.turn(self.plan.seed, position, len(members), attempt)
+        return epoch, members[i]
 
     def draw(self, size: int, positions: list[int], bad: list[dict], take: Callable) -> list[tuple]:
         """(id, tensors, (epoch, index)) of the samples at positions; one that cannot be used is noted, and another

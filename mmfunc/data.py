@@ -39,6 +39,13 @@ def order(seed: int, epoch: int, n: int, i: int) -> int:
             return i
 
 
+def turn(seed: int, position: int, n: int, attempt: int = 0) -> tuple[int, int]:
+    """(epoch, index) of the sample of n at a position; another one for each attempt."""
+    epoch, i = divmod(position, n)
+    epoch += attempt * 1_000_003  # an order that no real epoch has
+    return epoch, order(seed, epoch, n, i)
+
+
 def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Samples into rows of a size, longest first, each into the first row with room; rows in order of their first
     sample."""
@@ -133,8 +140,7 @@ class Batches(Dataset):
 
     def turn(self, position: int, attempt: int = 0) -> int:
         """The record at a position; another one for each attempt."""
-        epoch, i = divmod(position, len(self.records))
-        return order(self.plan.seed, epoch + attempt * 1_000_003, len(self.records), i)
+        return turn(self.plan.seed, position, len(self.records), attempt)[1]
 
     def draw(self, position: int, bad: list[dict]) -> Sample:
         """The sample at a position; one that cannot be used is noted, and another taken that depends on the position

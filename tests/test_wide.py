@@ -13,6 +13,9 @@ from mmfunc.nn import Conv, conv
 HALF = torch.bfloat16
 
 
+SLOW = wide.slow.__wrapped__
+
+
 @pytest.fixture(autouse=True)
 def slow(monkeypatch):
     monkeypatch.setattr(wide, "slow", lambda: (HALF,))
@@ -84,3 +87,15 @@ def test_compiled_and_op_by_op():
     y = once(F.linear, rows, w, b).float()
     assert value.item() == pytest.approx(y.square().sum().item(), rel=1e-6)
     assert torch.equal(grads["w"], once(lambda g, x: g.T @ x, (2 * y).to(HALF), rows))
+
+
+@pytest.mark.parametrize(("known", "wanted"), [
+    ({}, (torch.bfloat16, torch.float16)), ({"avx512_bf16": True}, (torch.float16,)),
+    ({"amx_bf16": True}, (torch.float16,)), ({"avx512_bf16": True, "avx512_fp16": True}, ())])
+def test_what_a_cpu_has_is_left_to_it(known, wanted, monkeypatch):
+    names = "avx512_bf16", "amx_bf16", "avx10_2", "avx512_fp16", "amx_fp16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, False) | known, raising=False)
+    monkeypatch.setattr(wide.platform, "machine", lambda: "x86_64")
+    assert SLOW() == wanted
+    monkeypatch.setattr(wide.platform, "machine", lambda: "aarch64")
+    assert SLOW() == ()
