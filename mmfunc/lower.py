@@ -1,6 +1,6 @@
 """What a function does before it runs: its graph of operations, FLOPs and bytes, memory over time; all from shapes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from torch._functorch._activation_checkpointing.remat_using_tags_for_fwd_loss_bw
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-from torch.fx import traceback
+from torch.fx import Node, traceback
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import flop_counter
@@ -76,7 +76,7 @@ class Lowered:
         return {"flops": sum(by_op.values()), "flops_by_op": by_op, "bytes": moved,
                 "collectives": self.collectives(calls(self.graph))}
 
-    def collectives(self, nodes: list[torch.fx.Node]) -> dict[str, dict[str, dict[str, float]]]:
+    def collectives(self, nodes: list[Node]) -> dict[str, dict[str, dict[str, float]]]:
         """What a rank sends: by axes of the mesh ("ring+ulysses") and kind, how many calls and bytes, in rings."""
         found: dict[str, dict[str, dict[str, float]]] = {}
         for n in nodes:
@@ -99,10 +99,13 @@ class Lowered:
         arguments, most = sum(t.nbytes for t in self.inputs), max(during for during, _ in timeline)
         return {"arguments": arguments, "outputs": kept, "temporary": most - kept, "peak": arguments + most}
 
-    def held(self, own: dict[torch.fx.Node, dict[int, int]] | None = None) -> tuple[list[tuple[int, int]], int]:
-        """Bytes beside the arguments while each node runs and after it, and of new outputs. own: as of owned()."""
+    def held(self, own: dict[Node, dict[int, int]] | None = None, more: dict[Node, dict[int, int]] | None = None,
+             inside: Container[Node] = ()) -> tuple[list[tuple[int, int]], int]:
+        """Bytes beside the arguments while each node runs and after it, and of new outputs. own: as of owned(); more:
+        what nodes read besides; inside: nodes that may write where something lies that they read last."""
         nodes, own = list(self.graph.graph.nodes), own or owned(self.graph)
-        touched = {n: own[n] | {s: b for m in n.all_input_nodes for s, b in own[m].items()} for n in nodes}
+        reads = lambda n: {s: b for m in n.all_input_nodes for s, b in own[m].items()} | (more or {}).get(n, {})
+        touched = {n: own[n] | reads(n) for n in nodes}
         given = {s for n in nodes if n.op == "placeholder" for s in own[n]}
         kept = touched[nodes[-1]].keys() - given
         last = {s: i for i, n in enumerate(nodes) for s in touched[n]}
@@ -111,9 +114,11 @@ class Lowered:
         for i, n in enumerate(nodes[:-1]):
             new = {s: b for s, b in own[n].items() if s not in size and s not in given}
             size |= new
-            during = now = now + sum(new.values())
-            now -= sum(size[s] for s in touched[n] if last[s] == i and s in size and s not in kept)
-            timeline.append((during, now))
+            gone = {s: size[s] for s in touched[n] if last[s] == i and s in size and s not in kept}
+            now += sum(new.values())
+            same = {gone[s] for s in gone.keys() - new} & {*new.values()} if n in inside else ()
+            timeline.append((now - max(same, default=0), now - sum(gone.values())))
+            now = timeline[-1][1]
         return timeline, sum(size.get(s, 0) for s in kept)
 
     def compile(self) -> Callable:
@@ -204,18 +209,18 @@ def _sink(graph: torch.fx.GraphModule) -> None:
             after.append(node)
 
 
-def owned(graph: torch.fx.GraphModule) -> dict[torch.fx.Node, dict[int, int]]:
+def owned(graph: torch.fx.GraphModule) -> dict[Node, dict[int, int]]:
     """The storages in which the results of each node lie, and their bytes."""
     return {n: {storage(t): t.untyped_storage().nbytes() for t in outputs(n)} for n in graph.graph.nodes}
 
 
-def flops_of(node: torch.fx.Node) -> int:
+def flops_of(node: Node) -> int:
     """FLOPs of an operation."""
     count = FLOPS.get(getattr(node.target, "_overloadpacket", None))
     return int(count(*vals(node.args), **vals(node.kwargs), out_val=node.meta["val"])) if count else 0
 
 
-def calls(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
+def calls(graph: torch.fx.GraphModule) -> list[Node]:
     """The operations of a graph."""
     return [n for n in graph.graph.nodes if n.op == "call_function"]
 
@@ -225,7 +230,7 @@ def vals(args: Any) -> Any:
     return torch.fx.node.map_arg(args, lambda n: n.meta.get("val"))
 
 
-def outputs(node: torch.fx.Node) -> list[Tensor]:
+def outputs(node: Node) -> list[Tensor]:
     """The tensors that a node gives."""
     return [t for t in torch.utils._pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]
 
@@ -235,7 +240,7 @@ def storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
-def is_view(node: torch.fx.Node) -> bool:
+def is_view(node: Node) -> bool:
     """Whether a node only looks at its input in another way."""
     seen = {storage(t) for n in node.all_input_nodes for t in outputs(n)}
     return bool(outputs(node)) and all(storage(t) in seen for t in outputs(node))

@@ -6,13 +6,15 @@ where the layers stand. Nothing is allocated, and the size of the mesh costs not
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.traceback import annotate
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mmfunc import jit, lower, shard, tree
 from mmfunc.nn import chain
@@ -76,17 +78,23 @@ class _Like:
     def copied(self) -> int:
         return self.nbytes if self.copy else 0
 
-    def tensor(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+    def tensor(self, device: str = "meta") -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A kind of layer as it was met: its block with what it was called with."""
+    """A kind of layer as it was met: its block with what it was called with, and what that gives."""
 
     fn: Callable
     c: Any
     given: Tree  # (parameters, x, ctx)
+
+    @cached_property
+    def gives(self) -> Tree:
+        with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            p, x, ctx = tree.map(lambda t: t.tensor("cpu") if isinstance(t, _Like) else t, self.given)
+            return tree.map(_like, self.fn(p, self.c, x, ctx))
 
     @property
     def flow(self) -> int:
@@ -105,18 +113,19 @@ class _Stub(torch.autograd.Function):
     """Stands for a layer: what it gives and the gradients it gives back, without its work."""
 
     @staticmethod
-    def forward(ctx: Any, place: int, streams: int, live: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.place = place
+    def forward(ctx: Any, place: int, gives: list[_Like], streams: int, live: Tensor, *tensors: Tensor
+                ) -> tuple[Tensor, ...]:
+        ctx.place, ctx.shapes = place, [t.shape for t in tensors[:streams]]
         ctx.save_for_backward(*tensors[streams:])
         with annotate({"part": ("forward", place)}):
-            return tuple(t.clone() for t in tensors[:streams])
+            return tuple(t.new_empty(y.shape, dtype=y.dtype) for t, y in zip(tensors, gives, strict=False))
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple:
-        need = ctx.needs_input_grad[3 + len(slopes) :]
+        need = ctx.needs_input_grad[4 + len(ctx.shapes) :]
         with annotate({"part": ("backward", ctx.place)}):
             rest = [torch.empty_like(t) if n else None for t, n in zip(ctx.saved_tensors, need)]
-            return None, None, None, *(g.clone() for g in slopes), *rest
+            return None, None, None, None, *(g.new_empty(s) for g, s in zip(slopes, ctx.shapes, strict=True)), *rest
 
 
 @dataclass
@@ -128,15 +137,16 @@ class _Recorder:
 
     def __call__(self, fn: partial) -> Callable:
         def run(p: Tree, c: Any, x: Tree, ctx: Tree) -> Tree:
-            key = fn.args[0], id(fn.args[1]), fn.args[2]
+            key = *fn.args[:1], id(fn.args[1]), *fn.args[2:], *((n, t.shape) for n, t in tree.flatten(x).items())
             if key not in self.kinds:
                 self.kinds[key] = _Layer(fn, c, tree.map(_like, (p, x, ctx)))
             self.met.append(key)
             flat = {n: t for n, t in tree.flatten((x, ctx)).items() if isinstance(t, Tensor)}
             streams = [n for n in flat if n.startswith("0")]
             live = torch.ones((), requires_grad=self.kinds[key].slopes > 0)
-            out = _Stub.apply(len(self.met) - 1, len(streams), live, *flat.values())
-            return out[0] if isinstance(x, Tensor) else tree.unflatten({n[2:]: t for n, t in zip(streams, out)}, x)
+            gives = self.kinds[key].gives
+            out = _Stub.apply(len(self.met) - 1, tree.leaves(gives), len(streams), live, *flat.values())
+            return tree.unflatten(dict(zip(tree.flatten(gives), out)), gives)
 
         return run
 
@@ -146,9 +156,10 @@ def _like(t: Any) -> Any:
 
 
 def trace(loss: Callable, declared: Tree, batch: Tree, mesh: Mesh, *, trained: str = ".",
-          compute: torch.dtype | None = torch.bfloat16, remat: jit.Policy | None = None) -> Step:
+          compute: torch.dtype | None = torch.bfloat16, remat: jit.Policy | None = None, eager: bool = False) -> Step:
     """What loss(parameters, batch) and its gradients cost a rank of a mesh, which need not exist; batch (abstract) is
-    this rank's micro-batch. Parameters are stored in float32 and cast to `compute`, as in optim.step."""
+    this rank's micro-batch. Parameters are stored in float32 and cast to `compute`, as in optim.step. eager: operations
+    run one by one."""
     recorder, wanted = _Recorder(), tree.flatten(tree.select(declared, trained))
     with shard.use(abstract(mesh), declared):
         specs = shard.using().layers[""].specs
@@ -166,8 +177,8 @@ def trace(loss: Callable, declared: Tree, batch: Tree, mesh: Mesh, *, trained: s
                 return jit.value_and_grad(value)(params, shard.counted(batch))
 
         low = jit.jit(outer).lower(*apart, batch)
-        kinds = {key: (layer, *_layer(layer, remat)) for key, layer in recorder.kinds.items()}
-    parts = _assembled(low, [kinds[key] for key in recorder.met])
+        kinds = {key: (layer, *_layer(layer, remat, eager)) for key, layer in recorder.kinds.items()}
+    parts = _assembled(Graph(low, eager), [kinds[key] for key in recorder.met])
     return Step(parts, *_around(specs, like, net), tree.nbytes(batch))
 
 
@@ -206,7 +217,7 @@ def _around(specs: dict[str, Spec], like: dict[str, _Like], net: Net) -> tuple[W
     return Work(sent=before, high=copies, change=copies), sync, Work(sent=behind)
 
 
-def _layer(layer: _Layer, remat: jit.Policy | None) -> tuple[Work, Work]:
+def _layer(layer: _Layer, remat: jit.Policy | None, eager: bool) -> tuple[Work, Work]:
     """A layer's forward and backward pass; what it gives is not counted as held behind them."""
     like = tree.flatten(layer.given)
     wanted = [n for n, t in like.items() if isinstance(t, _Like) and t.live]
@@ -222,22 +233,22 @@ def _layer(layer: _Layer, remat: jit.Policy | None) -> tuple[Work, Work]:
                                             allow_unused=True) if slopes and wanted else ()
         return out, [g for g in found if g is not None]
 
-    given = tree.map(lambda t: t.tensor() if isinstance(t, _Like) else t, layer.given)
-    args = given, tree.flatten(tree.map(torch.empty_like, given[1]))
-    low = jit.jit(joint).lower(*args)
-    g = Graph(low)
+    tensor = lambda t: t.tensor() if isinstance(t, _Like) else t
+    given, gives = tree.map(tensor, layer.given), tree.map(tensor, layer.gives)
+    args = given, tree.flatten(gives)
+    g = Graph(jit.jit(joint).lower(*args), eager)
     start = next((i for i, n in enumerate(g.nodes) if not early(n)), len(g.nodes))
     names = [n for n, t in named(args) if isinstance(t, Tensor)]
     streams = {s for n, node in zip(names, g.nodes) if n.startswith("0.1") for s in g.own[node]}
     used = {s for n in g.nodes[start:] for m in n.all_input_nodes for s in g.own[m]}
-    behind, out = g.timeline[start - 1][1], sum(t.nbytes for t in tree.leaves(given[1]))
+    behind, out = g.timeline[start - 1][1], tree.nbytes(gives)
     saved = behind - out + (out if streams & used else 0)
     return g.work(range(start), 0, saved), g.work(range(start, len(g.nodes)), behind, -saved)
 
 
-def _assembled(low: lower.Lowered, layers: list[tuple[_Layer, Work, Work]]) -> list[Part]:
+def _assembled(g: Graph, layers: list[tuple[_Layer, Work, Work]]) -> list[Part]:
     """The parts of a step in order, from the graph in which layers are stubs."""
-    g, spans = Graph(low), {}
+    spans: dict[Any, list[int]] = {}
     mark, back = 0, False  # behind which layer
     for i, n in enumerate(g.nodes):
         said = n.meta.get("custom", {}).get("part")

@@ -52,6 +52,7 @@ class Model:
     batch: Callable[[int], Tree]  # samples -> abstract batch
     trained: str = "."
     compute: torch.dtype | None = torch.bfloat16
+    eager: bool = False  # operations run one by one
     memo: dict = field(default_factory=dict, compare=False)
 
     def step(self, plan: Plan) -> Step:
@@ -60,7 +61,7 @@ class Model:
         key = mesh, plan.micro, plan.remat
         if key not in self.memo:
             self.memo[key] = trace(self.loss, self.declared, self.batch(plan.micro), mesh, trained=self.trained,
-                                   compute=self.compute, remat=plan.remat)
+                                   compute=self.compute, remat=plan.remat, eager=self.eager)
         return self.memo[key]
 
     @cached_property

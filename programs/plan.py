@@ -31,6 +31,7 @@ class Args:
     schedule: Literal["gpipe", "1f1b", "zero-bubble"] = "1f1b"  # of the pipeline
     virtual: int = 1  # stages on a rank
     dtype: Literal["fp32", "bf16"] = "bf16"  # of the computation; parameters are kept in float32
+    eager: bool = False  # operations run one by one, as with --backend eager
     train: str = "."  # rule over parameter names: what is trained
     svg: Path | None = None  # draw it there
 
@@ -40,7 +41,7 @@ def model(a: Args) -> Model:
     family, c = models.family(Path(a.model)) if Path(a.model).is_dir() else models.get(a.model)
     micro = lambda n: example.abstract(a.model, family, c, replace(a.size, batch=n))
     compute = torch.bfloat16 if a.dtype == "bf16" else None
-    return Model(a.model, example.loss(family, c), family.params(c), micro, a.train, compute)
+    return Model(a.model, example.loss(family, c), family.params(c), micro, a.train, compute, a.eager)
 
 
 def report(f: Forecast) -> str:

@@ -237,7 +237,7 @@ def resident(what: str) -> int:
     return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def grown(rank: int, world: int, name: str, mesh: Mesh) -> int:
+def grown(rank: int, world: int, name: str, mesh: Mesh, remat: str | None) -> int:
     """What a rank's process holds during a step beyond what it does before, and its state and batch: bytes.
 
     Tensors are mapped one by one and given back at once, so that the system knows what is held.
@@ -249,7 +249,7 @@ def grown(rank: int, world: int, name: str, mesh: Mesh) -> int:
     with shard.use(shard.connect(mesh), module.params(c)):
         state = optim.init(ADAMW, shard.place(tree.init(module.params(c), random.key(0))))
         step = jit.jit(partial(optim.step, lambda p, b: module.loss(p, c, b), ADAMW), "whole", "eager", donate=True,
-                       remat="attention")
+                       remat=remat)
         assert step(state, batch)[1]["finite"]
         gc.collect(), libc.malloc_trim(0)
         before = resident("VmRSS")
@@ -258,13 +258,15 @@ def grown(rank: int, world: int, name: str, mesh: Mesh) -> int:
         return resident("VmHWM") - before + tree.nbytes([state["params"], state["opt"], batch])
 
 
+@pytest.mark.parametrize("remat", ["attention", pytest.param(None, marks=pytest.mark.deep)])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.deep if n != "qwen2" else ()) for n in MODELS])
-def test_real_ranks_hold_what_was_predicted(name):
+def test_real_ranks_hold_what_was_predicted(name, remat):
     """Four processes, eager, the state and what layers keep divided; within 10 %."""
     mesh, (module, c, sizes) = Mesh(fsdp=4), MODELS[name]
-    model = replace(built(name, module, c, **sizes), compute=None)
-    want = forecast(model, Plan(mesh, 2, 1, "attention"), MACHINES["cpu"]).memory["peak"]
-    done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, timeout=200)  # a clean heap
+    model = replace(built(name, module, c, **sizes), compute=None, eager=True)
+    want = forecast(model, Plan(mesh, 2, 1, remat), MACHINES["cpu"]).memory["peak"]
+    # in a process of its own, for a clean heap
+    done = subprocess.run([sys.executable, __file__, name, remat or ""], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     real = int(done.stdout.splitlines()[-1])
     print(f"\n{name} on {mesh}: {want / 1e6:.1f} MB predicted, {real / 1e6:.1f} MB held")
@@ -319,4 +321,4 @@ def test_the_fastest_plan_fits_and_is_found_soon():
 
 
 if __name__ == "__main__":
-    print(max(mesh_ranks.run(grown, 4, sys.argv[1], Mesh(fsdp=4))))
+    print(max(mesh_ranks.run(grown, 4, sys.argv[1], Mesh(fsdp=4), sys.argv[2] or None)))

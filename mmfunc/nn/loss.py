@@ -64,6 +64,7 @@ class _Loss(torch.autograd.Function):
                 dx.append(slope @ weight)
             if dw is not None:
                 dw = dw + (slope.T @ part).float()
+            del logits, slope  # else they stay while the next ones are made
         ctx.save_for_backward(torch.cat(dx) if dx else x.new_zeros(0), x.new_zeros(0) if dw is None else dw.to(x.dtype))
         return total
 
