@@ -2,8 +2,9 @@
 
     python -m mmfunc.doctor [report.txt]
 
-Nothing of torch is imported before what it needs was looked at. On a device a training step of two small models is
-compiled, run and compared with the CPU; elsewhere it says what is missing, and what was shown without it.
+Nothing of torch is imported before what it needs was looked at. On a device the Ascend C kernels are compiled and
+compared with their references, and training steps of two small models with the CPU; elsewhere it says what is missing,
+and what was shown without it.
 """
 
 import os
@@ -12,8 +13,10 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import mmfunc
 
@@ -89,13 +92,60 @@ def trial(name: str) -> Fact:
     return ("ok" if off < 1e-3 else "lacks"), f"a training step of {name}: off by {off:.1e} at most"
 
 
+def kernel(name: str, dtype: str, device: str = "npu") -> Fact:
+    """An Ascend C kernel and its gradients on small inputs against its reference in float64."""
+    import torch
+
+    from mmfunc.kernels import ascend, ascend_attention
+
+    ramp = lambda n, k: torch.linspace(-3, 3, n * k).view(n, k)
+    ids = torch.tensor([[1] * 90 + [2] * 130 + [0] * 10])
+    run, reference, *shapes = {
+        "norm": (lambda *t: ascend.norm(*t, center=True, plus=1.0)[0],
+                 lambda *t: ascend.norm_reference(*t, center=True, plus=1.0), (2, 33, 500), (2, 500), (2, 500)),
+        "gate": (ascend.gate, ascend.gate_reference, (7, 1000), (7, 1000)),
+        "rope": (lambda x: ascend.rope(x, ramp(50, 64).to(x.device), halves=True),
+                 lambda x: ascend.rope_reference(x, ramp(50, 64), halves=True), (50, 3, 128)),
+        "attention": (lambda *t: ascend_attention.attention(*t, causal=True, segments=ids.to(t[0].device))[0],
+                      lambda *t: ascend_attention.attention_reference(*t, causal=True, segments=ids),
+                      (1, 230, 4, 72), (1, 230, 2, 72), (1, 230, 2, 72)),
+    }[name]
+    kind, seed = getattr(torch, dtype), torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=seed).to(kind) for shape in shapes]
+
+    def results(fn: Any, tensors: list) -> list:
+        leaves = [t.requires_grad_() for t in tensors]
+        y = fn(*leaves)
+        slope = torch.linspace(-1, 1, y.numel()).view(y.shape).to(kind).to(y)
+        return [t.detach().cpu().double() for t in (y, *torch.autograd.grad(y, leaves, slope))]
+
+    truth, own = results(reference, [t.double() for t in given]), results(reference, [t.clone() for t in given])
+    got = results(run, [t.clone().to(device) for t in given])
+    errors = [[((a - b).norm() / b.norm()).item() for a, b in zip(found, truth)] for found in (got, own)]
+    fits = all(a <= 2 * max(b, torch.finfo(kind).eps) for a, b in zip(*errors))
+    off, least = map(max, errors)
+    return "ok" if fits else "lacks", f"{name} in {dtype}: off by {off:.1e}, its reference by {least:.1e}"
+
+
+def built() -> Fact:
+    """The Ascend C kernels, compiled here."""
+    from mmfunc.kernels import ascend_build, ascend_ops
+
+    ascend_build.write(ascend_ops.home())
+    found = ascend_build.build(ascend_ops.home(), "libraries")
+    return "ok", f"compiled: {', '.join(p.name for p in found)}"
+
+
 def trials() -> Iterator[Fact]:
-    """The step of each small model; what fails is told and the next one tried."""
-    for name in MODELS:
+    """Each kernel and each small model; what fails is told and the next one tried."""
+    tries = [("the Ascend C kernels", built)]
+    tries += [(f"{k} in {t}", partial(kernel, k, t)) for k in ("norm", "gate", "rope", "attention")
+              for t in ("bfloat16", "float16", "float32") if (k, t) != ("attention", "float32")]
+    for name, attempt in tries + [(f"a training step of {m}", partial(trial, m)) for m in MODELS]:
         try:
-            yield trial(name)
+            yield attempt()
         except Exception:  # a report is to be sent back whatever happens
-            yield "lacks", f"a training step of {name}: {traceback.format_exc()}"
+            yield "lacks", f"{name}: {traceback.format_exc()}"
 
 
 def usable() -> bool:

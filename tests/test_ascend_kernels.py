@@ -4,13 +4,16 @@ import math
 import random
 import re
 import shutil
+import struct
+import subprocess
 import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmfunc import nn
-from mmfunc.kernels import ascend, ascend_attention, attention, emulator
+from mmfunc import doctor, nn
+from mmfunc.kernels import ascend, ascend_attention, ascend_build, ascend_meaning, ascend_ops, attention, emulator
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEEP = pytest.mark.deep
@@ -152,6 +155,130 @@ def test_references_are_the_functions_of_nn():
                                    attention.attend(q, k, v, **masks), **close)
 
 
+REAL = {ascend_ops.NormTiling: 2, ascend_ops.GateTiling: 2, ascend_ops.RopeTiling: 1, ascend_ops.AttentionTiling: 1}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_meanings_are_what_kernels_write(name, monkeypatch):
+    """From the same tensors and tilings; what is summed over slots is compared as a sum."""
+    real, seen = emulator.launch, set()
+
+    def launch(library, kernel, blocks, tiling, *args):
+        real(library, kernel, blocks, tiling, *args)
+        k = ascend_ops.KERNELS[kernel]
+        n, words = len(tiling) // 4, REAL[k.tiling]
+        table = k.tiling(*struct.unpack(f"{n - words}i{words}f", tiling))
+        count = len(k.names()[0])
+        found = ascend_meaning.MEANINGS[kernel](table, blocks, *args[:count])
+        kept = [o for o in args[count:-1] if o is None or o.how != "scratch"]
+        for got, want, label in zip(kept, found, k.names()[1], strict=False):
+            assert (got is None) == (want is None), (kernel, label)
+            if got is not None:
+                sums = label in ("dfactor", "dshift", "dweight")
+                a, b = (t.double().sum(0) if sums else t.double() for t in (got.tensor, want))
+                if label == "lse":  # of rows that see something
+                    a, b = a[a.abs() < 1e4], b[a.abs() < 1e4]
+                if b.norm() > 1e-3 * b.numel() ** 0.5:
+                    assert error(a, b) < 2e-2, (kernel, label)
+        seen.add(kernel)
+
+    monkeypatch.setattr(emulator, "launch", launch)
+    sweep(name, QUICK)
+    assert {f"{name}_forward", f"{name}_backward"} <= seen
+
+
+@pytest.mark.parametrize("name, dtype", [("norm", "float32"), ("norm", "bfloat16"), ("gate", "float16"),
+                                         ("rope", "float32"), ("rope", "bfloat16"), ("attention", "bfloat16")])
+def test_the_doctor_compares_kernels_and_their_gradients(name, dtype):
+    """As on a device, here in the emulator: the gradients are those of the operations of torch."""
+    assert doctor.kernel(name, dtype, "cpu")[0] == "ok"
+
+
+def test_operations_of_torch():
+    """Their fakes have the shapes of what they give, and their schemas are kept."""
+    q, k, v = (torch.randn(2, 130, n, 64).bfloat16().requires_grad_() for n in (4, 2, 2))
+    for op, args in recorded(lambda: ascend_attention.attention(q, k, v, causal=True)[0].sum().backward()):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def recorded(fn):
+    """Operations of ours that a function calls, with their arguments."""
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if str(op).startswith("mmfunc."):
+                found.append((op, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)))
+            return op(*args, **(kwargs or {}))
+
+    found = []
+    with Record():
+        fn()
+    assert len(found) == 3
+    return found
+
+
+HEADER = """  // what host.cpp takes of CANN's headers, as its documentation has them
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <initializer_list>
+namespace ge {
+enum graphStatus { GRAPH_SUCCESS };
+enum DataType { DT_FLOAT = 0, DT_FLOAT16 = 1, DT_INT32 = 3, DT_UINT8 = 4, DT_BF16 = 27 };
+enum Format { FORMAT_ND };
+}
+namespace gert {
+template <class T> struct Vector { size_t GetSize() const; const T* GetData() const; };
+struct RuntimeAttrs {
+  const Vector<int64_t>* GetListInt(size_t) const; const Vector<float>* GetListFloat(size_t) const;
+  const int64_t* GetInt(size_t) const;
+};
+struct TilingData { template <class T> ge::graphStatus Append(const T&); };
+struct TilingContext {
+  const RuntimeAttrs* GetAttrs() const; TilingData* GetRawTilingData(); void SetBlockDim(uint32_t);
+  void SetNeedAtomic(bool); size_t* GetWorkspaceSizes(size_t);
+};
+struct Shape { void SetDimNum(size_t); size_t GetDimNum() const; void SetDim(size_t, int64_t); };
+struct InferShapeContext { const RuntimeAttrs* GetAttrs() const; size_t GetComputeNodeOutputNum(); Shape* GetOutputShape(size_t); };
+struct InferDataTypeContext { const RuntimeAttrs* GetAttrs() const; ge::graphStatus SetOutputDataType(size_t, ge::DataType); };
+}
+enum Option { REQUIRED, OPTIONAL };
+struct OpParamDef {
+  OpParamDef& ParamType(Option); OpParamDef& DataType(std::initializer_list<ge::DataType>);
+  OpParamDef& Format(std::initializer_list<ge::Format>); OpParamDef& InitValue(uint64_t);
+};
+struct OpAttrDef { OpAttrDef& AttrType(Option); OpAttrDef& Int(); OpAttrDef& ListInt(); OpAttrDef& ListFloat(); };
+struct OpAICoreDef { OpAICoreDef& SetTiling(ge::graphStatus (*)(gert::TilingContext*)); OpAICoreDef& AddConfig(const char*); };
+struct OpDef {
+  OpDef(const char*); OpParamDef& Input(const char*); OpParamDef& Output(const char*); OpAttrDef& Attr(const char*);
+  OpDef& SetInferShape(ge::graphStatus (*)(gert::InferShapeContext*));
+  OpDef& SetInferDataType(ge::graphStatus (*)(gert::InferDataTypeContext*)); OpAICoreDef& AICore();
+};
+#define OP_ADD(x) static x made_##x(#x)
+"""
+
+
+def test_what_cann_is_to_build(tmp_path, monkeypatch):
+    """Every kernel has a launch with all of its arguments, and an operation whose C++ is sound; no CANN is an error."""
+    ascend_build.write(tmp_path)
+    for source, names in emulator.KERNELS.items():
+        text, launch = (emulator.SOURCES / f"{source}.cpp").read_text(), (tmp_path / f"libraries/launch_{source}.asc").read_text()
+        for name in names:
+            count = re.search(rf"void {name}\(([^)]*)\)", text)[1].count("GM_ADDR")
+            assert re.search(rf"{name}<<<.*a\[{count - 1}\]\);", launch)
+            assert f'#define {name} mmfunc_{name}\n#include "{source}.cpp"' in (tmp_path / f"package/mmfunc_{name}.cpp").read_text()
+    (tmp_path / "register").mkdir()
+    (tmp_path / "register" / "op_def_registry.h").write_text(HEADER)
+    host = tmp_path / "package" / "host.cpp"
+    subprocess.run(["g++", "-std=c++17", "-fsyntax-only", "-Wall", "-Werror", f"-I{tmp_path}", host], check=True)
+    assert host.read_text().count("OP_ADD(Mmfunc") == len(ascend_ops.KERNELS) == 9
+    monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
+    with pytest.raises(ValueError, match="set_env.sh"):
+        ascend_build.build(tmp_path, "libraries")
+    monkeypatch.setenv("MMFUNC_ASCEND", str(tmp_path))
+    with pytest.raises(ValueError, match="libmmfunc_half.so: python -m mmfunc.kernels.ascend_build"):
+        ascend_ops.compiled(torch.float16)
+
+
 def test_a_tile_says_whether_it_is_hidden_whole_or_masked():
     r = random.Random(0)
     for i in range(100):
@@ -261,8 +388,8 @@ def test_seeded_bugs_are_caught(bug, tmp_path, monkeypatch):
     text = (folder / file).read_text()
     assert text.count(old) >= 1, f"{file} no longer holds {old!r}"
     (folder / file).write_text(text.replace(old, new))
-    for module in (ascend, ascend_attention):
-        monkeypatch.setattr(module, "build", lambda source, dtype: emulator.build(source, dtype, folder))
+    build = emulator.build
+    monkeypatch.setattr(emulator, "build", lambda source, dtype: build(source, dtype, folder))
     with pytest.raises((ValueError, AssertionError)) as caught:
         show(kernel)
     says = "test" if caught.type is AssertionError else str(caught.value)

@@ -1,13 +1,12 @@
 """Flash attention in Ascend C, forward and backward, with its tiling and its masks as tables of tiles."""
 
-import struct
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmfunc.kernels.ascend import VECTORS, up_to, wide
-from mmfunc.kernels.emulator import Out, build, launch
+from mmfunc.kernels.ascend_ops import AttentionTiling, call, differentiable
 
 CUBES = 24  # cube cores of a 910B2, each with two vector cores
 QUERIES = 128  # of a tile
@@ -38,7 +37,7 @@ class Attention(NamedTuple):
     codes: Tensor  # uint8 [B, tiles of queries, tiles of keys]: 0 skipped, 1 whole, 2 masked
     queries: Tensor  # segments, float32, padded to whole tiles
     keys: Tensor
-    tiling: bytes
+    tiling: AttentionTiling
     blocks: int
 
 
@@ -58,16 +57,15 @@ def attention_tables(q: Tensor, k: Tensor, *, causal: bool = False,
         raise ValueError(f"{h} query heads over {g} key heads of width {width}: a multiple, and 16 to 256 in eights")
     left, right = (FAR if w is None else w for w in window)
     right = min(right, 0) if causal else right
-    qs, ks = (torch.ones(b, m) for m in (s, n))
+    qs, ks = (torch.ones(b, m, device=q.device) for m in (s, n))
     if segments is not None:
         qs, ks = (t.float() for t in (segments if isinstance(segments, tuple) else (segments, segments)))
     qs, ks = _padded(qs, QUERIES, -2.0), _padded(torch.where(ks > 0, ks, -1.0), step, -1.0)
     tiles = qs.unflatten(1, (-1, QUERIES)), ks.unflatten(1, (-1, step))
     codes = _codes(*tiles, s, left, right, start)
-    fields = (b, s, n, h, g, width, up_to(width, 16), step, start, left, right)
     items = b * (g * tiles[1].shape[1] if backward else h * tiles[0].shape[1])
-    scale = width**-0.5 if scale is None else scale
-    table = struct.pack("12if1i", *fields, items, scale, left < FAR or right < FAR)
+    scale, bounded = width**-0.5 if scale is None else scale, int(left < FAR or right < FAR)
+    table = AttentionTiling(b, s, n, h, g, width, up_to(width, 16), step, start, left, right, items, bounded, scale)
     return Attention(codes, qs, ks, table, min(CUBES, items))
 
 
@@ -84,8 +82,9 @@ def _span(segments: Tensor) -> tuple[Tensor, Tensor]:
 
 def _codes(q: Tensor, k: Tensor, size: int, left: int, right: int, start: int) -> Tensor:
     """The code of each tile, from the segments of its queries [B, I, 128] and keys [B, J, step]."""
-    i, j = torch.arange(q.shape[1])[:, None] * QUERIES + start, torch.arange(k.shape[1])[None] * k.shape[2]
-    last = torch.minimum(i + QUERIES - 1, torch.tensor(size - 1 + start))
+    count = lambda n: torch.arange(n, device=q.device)
+    i, j = count(q.shape[1])[:, None] * QUERIES + start, count(k.shape[1])[None] * k.shape[2]
+    last = (i + QUERIES - 1).clamp(max=size - 1 + start)
     near, distant = j - last, j + k.shape[2] - 1 - i  # the least and the greatest key - query
     hidden, inside = (near > right) | (distant < -left), (distant <= right) & (near >= -left)
     (low, high), (first, final) = ((t[:, :, None] for t in _span(q)), (t[:, None] for t in _span(k)))
@@ -96,26 +95,27 @@ def _codes(q: Tensor, k: Tensor, size: int, left: int, right: int, start: int) -
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **masks) -> tuple[Tensor, Tensor]:
     """Flash attention: o [B, S, H, K] and the log of the softmax's sums [B, H, S]; a row that sees nothing is zero."""
-    b, s, h, width = q.shape
-    pitch = up_to(width, 16)
-    step = 256 if pitch <= 128 else 128
-    a = attention_tables(q, k, step=step, **masks)
-    o, lse = torch.empty_like(q), torch.empty(b, h, s)
-    shapes = (step, q.dtype), (step, q.dtype), (pitch, torch.float32)  # scores, weights, values: three steps of each
-    spaces = [torch.empty(a.blocks, 3, QUERIES, n, dtype=t) for n, t in shapes]
-    launch(build("attention", q.dtype), "attention_forward", a.blocks, a.tiling, q, k, v, a.codes, a.queries, a.keys,
-           Out(o), Out(lse), *(Out(t, "scratch") for t in spaces))
-    return o, lse
+    a = attention_tables(q, k, step=256 if q.shape[-1] <= 128 else 128, **masks)
+    return tuple(call("attention_forward", a.blocks, a.tiling, q, k, v, a.codes, a.queries, a.keys))
 
 
 def attention_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor,
                        **masks) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention by q, k and v, in float32 as the kernel sums them."""
-    a = attention_tables(q, k, backward=True, **masks)
-    library, delta = build("attention_grad", q.dtype), torch.empty_like(lse)
-    launch(library, "attention_delta", VECTORS, a.tiling, o, do, Out(delta))
-    dq, dk, dv = (torch.zeros(t.shape) for t in (q, k, v))
-    space = torch.empty(a.blocks, 8, 128, 128, dtype=q.dtype)
-    launch(library, "attention_backward", a.blocks, a.tiling, q, k, v, do, lse, delta, a.codes, a.queries, a.keys,
-           Out(dq, "some"), Out(dk, "some"), Out(dv, "some"), Out(space, "scratch"))
-    return dq, dk, dv
+    return _slopes(attention_tables(q, k, backward=True, **masks), q, k, v, o, lse, do)
+
+
+def _slopes(a: Attention, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor) -> tuple:
+    delta, = call("attention_delta", VECTORS, a.tiling, o, do)
+    return tuple(call("attention_backward", a.blocks, a.tiling, q, k, v, do, lse, delta, a.codes, a.queries, a.keys))
+
+
+def _gradients(t: AttentionTiling, inputs: list, outputs: list, grads: list) -> tuple:
+    """The tables again in steps of 128 keys, from the segments that a forward pass had."""
+    q, k, v, _, queries, keys = inputs
+    known = queries[:, : t.queries], keys[:, : t.keys]
+    a = attention_tables(q, k, window=(t.left, t.right), segments=known, start=t.start, scale=t.scale, backward=True)
+    return *(g.to(x.dtype) for g, x in zip(_slopes(a, q, k, v, *outputs, grads[0]), (q, k, v))), None, None, None
+
+
+differentiable("attention_forward", _gradients, saved=(0, 1))

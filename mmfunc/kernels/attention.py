@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mmfunc.kernels import cpu
+from mmfunc.kernels import cpu, npu
 
 FEW = 16, 32 * 32  # queries, and scores of a head: with fewer the products of `blocked` cost less than a call
 BLOCK = 128  # queries of a block: 128 x 4096 float32 scores are 2 MB
@@ -88,6 +88,8 @@ def ascend(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, st
         return blocked(q, k, v, causal, segments, start, scale, bias)
     if q.shape[-1] > WIDEST:
         raise ValueError(f"attention on NPU takes heads of a width up to {WIDEST}, not {q.shape[-1]}")
+    if start is None and (y := npu.fused("attention", q, k, v, causal, segments, scale)) is not None:
+        return y
     if causal and segments is None and start is None and q.shape[1] == k.shape[1]:
         place = torch.arange(2048, device=q.device)  # the size that is asked for
         mask, mode = place > place[:, None], 2

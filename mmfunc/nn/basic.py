@@ -52,6 +52,8 @@ def LayerNorm(d: int) -> Tree:
 
 def layernorm(p: Tree | None, x: Tensor, eps: float = 1e-6) -> Tensor:
     """Normalise the last dimension in float32; without p there is no scale and no shift."""
+    if (normed := kernels.fused("layernorm", x, *((p["weight"], p["bias"]) if p else (None, None)), eps)) is not None:
+        return normed
     scale, shift = (p["weight"].float(), p["bias"].float()) if p else (None, None)
     return F.layer_norm(x.float(), x.shape[-1:], scale, shift, eps).to(x.dtype)
 
@@ -78,6 +80,8 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU by its tanh fit."""
+    if (fused := kernels.fused("gelu_tanh", x)) is not None:
+        return fused
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     y = x.float()  # the same as a sigmoid: Inductor's tanh takes three times as long as its exp
@@ -92,7 +96,7 @@ def MLP(d: int, hidden: int, out: int | None = None, *, gated: bool = False, bia
 
 def glu(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
     """act(gate) * up, of one shape."""
-    fused = kernels.fused("swiglu", gate, up) if act is F.silu else None
+    fused = kernels.fused("glu", gate, up, getattr(act, "__name__", ""))
     return act(gate) * up if fused is None else fused
 
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from mmfunc import kernels
 from mmfunc.nn.basic import layernorm
 from mmfunc.tree import Param, normal
 
@@ -53,6 +54,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def adaln(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive layer norm (Peebles & Xie 2023): x [B, S, D] normalised, scaled and shifted, all of it in float32, then
     in the dtype of x."""
+    if (normed := kernels.fused("adaln", x, shift, scale)) is not None:
+        return normed
     return modulate(layernorm(None, x.float()), shift, scale).to(x.dtype)
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 import torchair
 from torch import Tensor
+from torch.nn import functional as F
 from torchair._ge_concrete_graph import ge_apis as ge
 from torchair._ge_concrete_graph.ge_converter import aten as _theirs  # noqa: F401  before ours, which replace some
 from torchair._ge_concrete_graph.ge_converter import custom as _more  # noqa: F401
 
 from mmfunc.kernels import attention as _attention  # noqa: F401  registers mmfunc::keep
 from mmfunc.kernels import npu as _npu  # noqa: F401  registers mmfunc::rotary
+from mmfunc.kernels.ge import own
 
 aten, npu = torch.ops.aten, torch.ops.npu
 
@@ -57,8 +59,16 @@ def index_put(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulat
     return (rows.index_add(0, place, values) if accumulate else index_copy(rows, 0, place, values)).view(x.shape)
 
 
+def select_backward(grad: Tensor, sizes: list[int], dim: int, index: int) -> Tensor:
+    """Zeros of the given sizes but for the slice that grad is."""
+    dim = dim % len(sizes)
+    index = index % sizes[dim]
+    return F.pad(grad.unsqueeze(dim), [0, 0] * (len(sizes) - 1 - dim) + [index, sizes[dim] - 1 - index])
+
+
 DECOMPOSITIONS = {aten.silu_backward.default: silu_backward, aten.matmul_backward.default: matmul_backward,
-                  aten.index_copy.default: index_copy, aten.index_put.default: index_put}
+                  aten.index_copy.default: index_copy, aten.index_put.default: index_put,
+                  aten.select_backward.default: select_backward}
 
 
 # ---- converters
@@ -81,6 +91,11 @@ def gelu(x: Any, approximate: str = "none") -> Any:
 def gelu_backward(grad: Any, x: Any, approximate: str = "none") -> Any:
     """The gradient of gelu."""
     return ge.GeluGradV2(grad, x, approximate=approximate)
+
+
+def extreme(reduce: Callable) -> Callable:
+    """amax or amin."""
+    return lambda x, dim=(), keepdim=False: reduce(x, list(dim), keep_dims=keepdim)
 
 
 FLAGS = {  # arguments of npu_fusion_attention that are attributes of the GE operation, and their defaults
@@ -124,19 +139,23 @@ def fusion_attention_grad(*args: Any, **kwargs: Any) -> tuple:
 
 CONVERTERS: dict[Any, Callable] = {
     torch.ops.mmfunc.keep.default: keep, torch.ops.mmfunc.rotary.default: rotary,
+    aten.amax.default: extreme(ge.ReduceMax), aten.amin.default: extreme(ge.ReduceMin),
     aten.gelu.default: gelu, aten.gelu_backward.default: gelu_backward,
     npu.npu_fusion_attention.default: fusion_attention,
-    npu.npu_fusion_attention_grad.default: fusion_attention_grad,
+    npu.npu_fusion_attention_grad.default: fusion_attention_grad, **own.CONVERTERS,
 }
 UPSTREAM = {op: getattr(op, "_ge_converter", None) for op in CONVERTERS}
 for _op, _fn in CONVERTERS.items():
     torchair.register_fx_node_ge_converter(_op)(_fn)
 
 NEEDED = {  # operation: (the wheel of torch_npu that needs ours, what its own does)
+    aten.select_backward.default: ("2.13.0", "scatters into memory that nothing has written"),
     aten.silu_backward.default: ("2.13.0", "raises NotImplementedError"),
     aten.matmul_backward.default: ("2.13.0", "takes no mask but [True, True]"),
     aten.index_copy.default: ("2.13.0", "raises NotImplementedError"),
     aten.index_put.default: ("2.13.0", "raises NotImplementedError"),
+    aten.amax.default: ("2.13.0", "raises NotImplementedError"),
+    aten.amin.default: ("2.13.0", "raises NotImplementedError"),
     aten.gelu.default: ("2.13.0", "always takes the fit by tanh"),
     aten.gelu_backward.default: ("2.13.0", "always takes the fit by tanh"),
     npu.npu_fusion_attention.default: ("2.13.0", "takes the layouts BSH and BNSD only"),

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from mmfunc.kernels.ge import interpreter
+from mmfunc.kernels.ascend_ops import AttentionTiling
+from mmfunc.kernels.ge import interpreter, own
 from mmfunc.kernels.ge.lowering import Record
 from mmfunc.kernels.ge.operations import VIEWS
 
 CUBE = {torch.bfloat16: 353.9e12, torch.float16: 353.9e12, torch.float32: 88.5e12}  # FLOP/s of a 910B2, by dtype
 MEMORY = 1.6 * 2**40  # bytes/s
 PRODUCTS = {"MatMul", "MatMulV2", "BatchMatMul", "BatchMatMulV2"}
-OURS = {"GeluV2", "GeluGradV2", "FlashAttentionScore", "FlashAttentionScoreGrad"}  # by converters of ours
+OURS = {"GeluV2", "GeluGradV2", "FlashAttentionScore", "FlashAttentionScoreGrad", *own.KINDS}  # by our converters
 
 
 def flops(op: Any, given: list[Tensor | None], found: tuple[Tensor, ...]) -> int:
@@ -32,6 +33,10 @@ def flops(op: Any, given: list[Tensor | None], found: tuple[Tensor, ...]) -> int
         width = prod(q) // (q[rows[0]] * q[rows[1]])  # of all heads together
         seen = q[rows[0]] * k[rows[0]] // (2 if op.attr["sparse_mode"].i == 2 else 1)
         return (10 if kind.endswith("Grad") else 4) * q[rows[1]] * seen * width
+    if kind in ("MmfuncAttentionForward", "MmfuncAttentionBackward"):
+        t = AttentionTiling(*op.attr["whole"].list.i, *op.attr["real"].list.f)
+        seen = t.queries * t.keys // (2 if t.right == 0 else 1)
+        return (10 if kind.endswith("Backward") else 4) * t.batch * t.heads * seen * t.width
     if kind.endswith("BackpropInput"):
         return 2 * given[2].numel() * prod(given[1].shape[1:])
     if kind.endswith("BackpropFilter"):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchair._ge_concrete_graph import auto_generated_ge_raw_ops as table
 
+from mmfunc.kernels.ge import own
 from mmfunc.kernels.ge.operations import EVEN, HOST, OPERATIONS
 
 PROTO = {1: torch.float32, 2: torch.float16, 3: torch.int8, 4: torch.uint8, 5: torch.int16, 7: torch.int32,
@@ -67,6 +68,8 @@ def declared(kind: str) -> tuple[list[str], dict[str, Any]]:
     """(names of the inputs, "*" behind one of any number; attributes with defaults, ... where required)."""
     if kind in UNTOLD:
         return UNTOLD[kind]
+    if kind in own.KINDS:
+        return [n for n, _ in own.declared(kind)[1]], dict.fromkeys(own.ATTRIBUTES, ...)
     text = getattr(getattr(table, kind, None), "__doc__", None) or ""
     named = re.findall(r"\.(|OPTIONAL_|DYNAMIC_)INPUT\((\w+)", text)
     inputs = [name + "*" * (how == "DYNAMIC_") for how, name in named]

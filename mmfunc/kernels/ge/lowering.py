@@ -18,7 +18,7 @@ from torchair._ge_concrete_graph import fx2ge_converter
 from torchair.core import _torchair
 from torchair.ge._ge_graph import GeGraph
 
-from mmfunc.kernels.ge import backend, interpreter
+from mmfunc.kernels.ge import backend, interpreter, own
 
 
 @dataclass
@@ -80,6 +80,7 @@ def offline(run: Callable[[GeGraph, list[Tensor]], list[Tensor]]):
     record = Record()
     patches = [(fx2ge_converter, "initialize_graph_engine", lambda *a, **k: None),
                (_torchair, "check_cann_compat", lambda *a, **k: ""),  # "" stands for the newest CANN
+               (_torchair, "get_registered_ir_def", own.declared),
                (fx2ge_converter.GeConcreteGraph, "_parse_node_internal", _parser(record)),
                (backend, "has_converter", lambda op: True),  # the failures are counted
                (fx2ge_converter.GeConcreteGraph, "update_graph_with_runtime", lambda *a: None),  # formats of the memory

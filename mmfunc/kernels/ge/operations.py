@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmfunc.kernels.ge import attention, collectives, norms
+from mmfunc.kernels.ge import attention, collectives, norms, own
 from mmfunc.kernels.ge import products as p
 
 aten = torch.ops.aten
@@ -20,7 +20,7 @@ DTYPES = {0: torch.float32, 1: torch.float16, 2: torch.int8, 3: torch.int32, 4: 
           9: torch.int64, 11: torch.float64, 12: torch.bool, 27: torch.bfloat16}  # by GE's number
 HOST = {  # type: places of the inputs that are read on the host
     "ArgMaxV2": {1}, "BroadcastTo": {1}, "Fill": {0}, "GatherV2": {2}, "LayerNormV4": {1}, "PadV3": {1},
-    "ReduceAny": {1}, "ReduceLogSumExp": {1}, "ReduceMax": {1}, "ReduceMean": {1},
+    "ReduceAny": {1}, "ReduceLogSumExp": {1}, "ReduceMax": {1}, "ReduceMean": {1}, "ReduceMin": {1},
     "ReduceSum": {1}, "Reshape": {1}, "SplitV": {1, 2}, "StridedSliceV2": {1, 2, 3, 4},
     "Transpose": {1}, "HcomAllToAllV": {1, 2, 3, 4},
     **{f"Conv{n}DBackpropInput": {0} for n in (2, 3)}, **{f"Conv{n}DBackpropFilter": {1} for n in (2, 3)},
@@ -223,7 +223,7 @@ PLAIN = EVEN | {
     "SelectV2": torch.where, "Fill": lambda dims, value: value.expand(dims).clone(),
     "BroadcastTo": lambda x, shape: x.expand(shape), "Transpose": lambda x, perm: x.permute(perm),
     "Gelu": gelu_tanh, "GeluGrad": lambda dy, x, y: gelu_tanh_grad(dy, x), "ReluGrad": lambda dy, x: dy * (x > 0)}
-OPERATIONS: dict[str, Callable] = {name: _plain(fn) for name, fn in PLAIN.items()} | {
+OPERATIONS: dict[str, Callable] = {name: _plain(fn) for name, fn in PLAIN.items()} | own.OPERATIONS | {
     "Muls": lambda a, x: x * a["value"], "Cast": lambda a, x: x.to(DTYPES[a["dst_type"]]),
     "Shape": lambda a, x: torch.tensor(x.shape, dtype=DTYPES[3 if a["dtype"] == "DT_INT32" else a["dtype"]]),
     "Reshape": reshape, "Squeeze": squeeze, "Unsqueeze": unsqueeze, "ConcatV2": joined, "SplitV": split, "PadV3": pad,
@@ -235,7 +235,8 @@ OPERATIONS: dict[str, Callable] = {name: _plain(fn) for name, fn in PLAIN.items(
     "GatherV2": gather, "GatherElements": lambda a, x, index: x.gather(a["dim"], index.long()),
     "IndexByTensor": by_tensors, "ScatterElements": scatter, "InplaceIndexAdd": index_add, "ArgMaxV2": arg_max,
     "EmbeddingDenseGrad": embedding_grad, "ReduceSum": norms.reduce(torch.sum), "ReduceMean": norms.reduce(torch.mean),
-    "ReduceMax": norms.reduce(torch.amax), "ReduceLogSumExp": norms.reduce(torch.logsumexp),
+    "ReduceMax": norms.reduce(torch.amax), "ReduceMin": norms.reduce(torch.amin),
+    "ReduceLogSumExp": norms.reduce(torch.logsumexp),
     "ReduceAny": norms.reduce(norms.any_of), "Exp": power, "Swish": lambda a, x: x * torch.sigmoid(a["scale"] * x),
     "SigmoidGrad": lambda a, y, dy: dy * y * (1 - y), "GeluV2": gelu, "GeluGradV2": gelu_grad,
     "SoftmaxV2": lambda a, x: torch.softmax(x, a["axes"][0], torch.float32 if a["half_to_float"] else None),

@@ -259,7 +259,8 @@ class Forward {
 
 extern "C" __global__ __aicore__ void attention_forward(GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR codes, GM_ADDR qseg,
                                                         GM_ADDR kseg, GM_ADDR o, GM_ADDR lse, GM_ADDR scores,
-                                                        GM_ADDR weights, GM_ADDR values, GM_ADDR tiling) {
+                                                        GM_ADDR weights, GM_ADDR values, GM_ADDR workspace,
+                                                        GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
   Forward f;
   f.Init(q, k, v, codes, qseg, kseg, o, lse, scores, weights, values, tiling);

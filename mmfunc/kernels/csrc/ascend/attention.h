@@ -16,8 +16,8 @@ enum Flag { SCORES, WEIGHTS, VALUES };  // cross-core flags
 
 struct AttentionTiling {
   int32_t batch, queries, keys, heads, groups, width, pitch, step, causal_start, left, right, items;
-  float scale;
   int32_t bounded;  // whether left and right limit anything
+  float scale;
   __aicore__ inline int32_t Tiles() const { return (queries + QUERIES - 1) / QUERIES; }
   __aicore__ inline int32_t Steps() const { return (keys + step - 1) / step; }
 };

@@ -203,7 +203,7 @@ class Backward {
 extern "C" __global__ __aicore__ void attention_backward(GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR dout, GM_ADDR lse,
                                                          GM_ADDR delta, GM_ADDR codes, GM_ADDR qseg, GM_ADDR kseg,
                                                          GM_ADDR dq, GM_ADDR dk, GM_ADDR dv, GM_ADDR spaces,
-                                                         GM_ADDR tiling) {
+                                                         GM_ADDR workspace, GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
   Backward b;
   b.Init(q, k, v, dout, lse, delta, codes, qseg, kseg, dq, dk, dv, spaces, tiling);
@@ -264,7 +264,8 @@ class Delta {
   GlobalTensor<float> deltas;
 };
 
-extern "C" __global__ __aicore__ void attention_delta(GM_ADDR o, GM_ADDR dout, GM_ADDR delta, GM_ADDR tiling) {
+extern "C" __global__ __aicore__ void attention_delta(GM_ADDR o, GM_ADDR dout, GM_ADDR delta, GM_ADDR workspace,
+                                                      GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   Delta d;
   d.Init(o, dout, delta, tiling);

@@ -4,7 +4,7 @@
 // tanh GELU, whose (1 + tanh(z)) / 2 is sigmoid(2 z).
 #include "rows.h"
 
-struct GateTiling { int64_t size; int32_t tile, tiles, up; float alpha, beta; };
+struct GateTiling { int32_t tile, tiles, last, up; float alpha, beta; };  // last: elements of the last tile
 
 class Gate {
  public:
@@ -35,7 +35,7 @@ class Gate {
     if (back) Duplicate(ones, 1.0f, t.tile);
     for (int64_t i = t.tiles * core / cores; i < t.tiles * (core + 1) / cores; i++) {
       at = i * t.tile;
-      width = t.size - at < t.tile ? t.size - at : t.tile;
+      width = i == t.tiles - 1 ? t.last : t.tile;
       n = Up(width, GRAIN);
       if (back) Backward(); else Forward();
     }
@@ -119,7 +119,7 @@ class Gate {
   int32_t width, n;
 };
 
-extern "C" __global__ __aicore__ void gate_forward(GM_ADDR g, GM_ADDR u, GM_ADDR y, GM_ADDR tiling) {
+extern "C" __global__ __aicore__ void gate_forward(GM_ADDR g, GM_ADDR u, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   Gate k;
   k.Init(g, u, nullptr, y, nullptr, tiling, false);
@@ -127,7 +127,7 @@ extern "C" __global__ __aicore__ void gate_forward(GM_ADDR g, GM_ADDR u, GM_ADDR
 }
 
 extern "C" __global__ __aicore__ void gate_backward(GM_ADDR g, GM_ADDR u, GM_ADDR dy, GM_ADDR dg, GM_ADDR du,
-                                                    GM_ADDR tiling) {
+                                                    GM_ADDR workspace, GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   Gate k;
   k.Init(g, u, dy, dg, du, tiling, true);

@@ -302,7 +302,7 @@ class Norm {
 };
 
 extern "C" __global__ __aicore__ void norm_forward(GM_ADDR x, GM_ADDR residual, GM_ADDR factor, GM_ADDR shift,
-                                                   GM_ADDR y, GM_ADDR sum, GM_ADDR tiling) {
+                                                   GM_ADDR y, GM_ADDR sum, GM_ADDR workspace, GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   Norm k;
   k.Init(x, residual, factor, shift, nullptr, y, sum, nullptr, nullptr, tiling, false);
@@ -310,7 +310,8 @@ extern "C" __global__ __aicore__ void norm_forward(GM_ADDR x, GM_ADDR residual, 
 }
 
 extern "C" __global__ __aicore__ void norm_backward(GM_ADDR x, GM_ADDR dsum, GM_ADDR factor, GM_ADDR dy, GM_ADDR dx,
-                                                    GM_ADDR dfactor, GM_ADDR dshift, GM_ADDR tiling) {
+                                                    GM_ADDR dfactor, GM_ADDR dshift, GM_ADDR workspace,
+                                                    GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   Norm k;
   k.Init(x, dsum, factor, nullptr, dy, dx, nullptr, dfactor, dshift, tiling, true);

@@ -193,7 +193,7 @@ class Rope {
 };
 
 extern "C" __global__ __aicore__ void rope_forward(GM_ADDR x, GM_ADDR w, GM_ADDR cos, GM_ADDR sin, GM_ADDR partners,
-                                                   GM_ADDR y, GM_ADDR tiling) {
+                                                   GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   Rope k;
   k.Init(x, w, cos, sin, partners, nullptr, y, nullptr, tiling, false);
@@ -201,7 +201,8 @@ extern "C" __global__ __aicore__ void rope_forward(GM_ADDR x, GM_ADDR w, GM_ADDR
 }
 
 extern "C" __global__ __aicore__ void rope_backward(GM_ADDR x, GM_ADDR w, GM_ADDR cos, GM_ADDR sin, GM_ADDR partners,
-                                                    GM_ADDR dy, GM_ADDR dx, GM_ADDR dw, GM_ADDR tiling) {
+                                                    GM_ADDR dy, GM_ADDR dx, GM_ADDR dw, GM_ADDR workspace,
+                                                    GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   Rope k;
   k.Init(x, w, cos, sin, partners, dy, dx, dw, tiling, true);
