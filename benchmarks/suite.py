@@ -124,7 +124,7 @@ def measured(a: Args, said: dict[str, Any]) -> list[str]:
                 found = workload(name, a.runs or (3 if a.quick else 7), said["limits"], cold)
                 said["workloads"][name] = found
             else:
-                found = said[name] = scaling.PARTS[name](*[asked(said)] * (name == "loader"))
+                found = said[name] = scaling.PARTS[name](*([asked(said)] if name == "loader" else []))
         except RuntimeError as e:
             failed.append(name)
             print(f"{name} failed: {e}", file=sys.stderr, flush=True)

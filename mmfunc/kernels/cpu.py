@@ -11,6 +11,7 @@ from mmfunc.kernels import native
 from mmfunc.kernels.native import available
 
 BLOCK = 192  # as in the source: keys, and queries, of a step of the backward pass
+SOME = 48  # as in the source: queries are padded to
 ITEMS = 16  # of work that the backward pass is cut into where there are not as many heads; no result depends on threads
 
 
@@ -69,7 +70,7 @@ def attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     rows, columns = _ids(rows, len(q)), _ids(columns, len(q))
     found = [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
     splits = min(ceil(k.shape[1] / BLOCK), ceil(ITEMS / (len(q) * k.shape[2])))
-    sums = torch.empty(splits, *lse.shape[:2], ceil(q.shape[1] / 6) * 6, ceil(q.shape[3] / 16) * 16)
+    sums = torch.empty(splits, *lse.shape[:2], ceil(q.shape[1] / SOME) * SOME, ceil(q.shape[3] / 16) * 16)
     touched = torch.zeros(splits, *lse.shape[:2], ceil(q.shape[1] / BLOCK), dtype=torch.bool)
     delta = torch.empty_like(lse)
     given = _problem(q, k, rows, columns, start, causal, lse, delta, sums, touched, v, out, g, *found)

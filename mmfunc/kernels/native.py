@@ -28,9 +28,10 @@ def folder() -> Path:
     return Path(beside).parent / "mmfunc" if beside else Path.home() / ".cache" / "mmfunc"
 
 
-def build(cxx: str, machine: str = "native") -> Path:
-    """The kernels compiled for a machine (-march); kept under the hash of source, flags, compiler and its machine."""
-    flags = (*FLAGS, f"-march={machine}")
+def build(cxx: str, machine: str = "native", *without: str) -> Path:
+    """The kernels compiled for a machine (-march), without some of its instructions; kept under the hash of source,
+    flags, compiler and its machine."""
+    flags = (*FLAGS, f"-march={machine}", *(f"-mno-{w}" for w in without))
     facts = subprocess.run([cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True).stdout
     key = hashlib.sha256(b"\0".join([cxx.encode(), *map(str.encode, flags), facts, *(s.read_bytes() for s in SOURCES)]))
     path = folder() / f"kernels-{key.hexdigest()[:24]}.so"
@@ -51,7 +52,8 @@ def library() -> ctypes.CDLL | None:
     why = "there is no C++ compiler (g++, clang++ or CXX)"
     if cxx is not None:
         try:
-            return ctypes.CDLL(str(build(cxx)))
+            found = ctypes.CDLL(str(build(cxx)))
+            return found if found.attention_allowed() else ctypes.CDLL(str(build(cxx, "native", "amx-bf16")))
         except (subprocess.CalledProcessError, OSError) as e:
             why = f"{e} {getattr(e, 'stderr', '')[-1000:]}"
     warnings.warn(f"attention and decoding on CPU run in PyTorch's operations, some times slower: {why}", stacklevel=2)

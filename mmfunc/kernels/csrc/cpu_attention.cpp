@@ -14,7 +14,8 @@ constexpr int SOME = 48;            // queries of a block that share a range of 
 constexpr float HIDDEN = -1e30f;    // the score of what is masked
 constexpr float LOG2E = 1.44269504f;
 constexpr float NONE = -1e20f;      // the largest score of a row that has seen nothing yet
-static_assert(TILE % PANEL == 0 && BLOCK % PANEL == 0 && BLOCK % SOME == 0 && SOME % ROWS == 0 && SOME % W == 0,
+static_assert(TILE % PANEL == 0 && BLOCK % PANEL == 0 && BLOCK % SOME == 0 && SOME % ROWS<float> == 0 &&
+                  SOME % ROWS<bf16> == 0 && SOME % W == 0,
               "tiles of whole strips");
 
 struct Tensor { char* data; int64_t batch, row, head; };  // strides; the last dimension is contiguous
@@ -89,11 +90,11 @@ struct Sight {
     return {from, to, whole};
   }
 
-  // Scores that are masked become HIDDEN: of rows r..r + ROWS, of segments `mine`, and lanes `at`; s starts at lane a.
-  void hide(int r, const Span& mine, Lanes at, int a, float* s, long apart) const {
+  // Scores that are masked become HIDDEN: of some rows from r, of segments `mine`, and lanes `at`; s starts at lane a.
+  void hide(int r, int rows, const Span& mine, Lanes at, int a, float* s, long apart) const {
     ivec step;
     for (int i = 0; i < W; i++) step[i] = i;
-    for (int i = 0; i < ROWS; i++, r++) {
+    for (int i = 0; i < rows; i++, r++) {
       const bool none = r >= count || (row_ids && row_ids[r] == 0);
       const int lo = none ? INT32_MAX : first(r), hi = none ? 0 : last(r), id = none || !row_ids ? 0 : row_ids[r];
       for (int j = at.from; j < at.to; j += W) {
@@ -113,7 +114,7 @@ struct Sight {
 // One strip: scores s [ROWS, n] become weights p; the running maximum m and sum l go on, and what o had is scaled.
 template <class C>
 void softmax(const float* s, int n, float scale, float* m, float* l, float* o, int columns, C* p) {
-  for (int i = 0; i < ROWS; i++, s += TILE, p += TILE, o += columns) {
+  for (int i = 0; i < ROWS<C>; i++, s += TILE, p += TILE, o += columns) {
     vec high = all(HIDDEN);
     for (int j = 0; j < n; j += W) high = max(high, load(s + j));
     float top = std::max(m[i], fold(high, max) * scale);
@@ -133,14 +134,14 @@ void softmax(const float* s, int n, float scale, float* m, float* l, float* o, i
 
 template <class T, class C>
 void forward(const Problem& p, const Sight& sight, long b, long head, int first, int count, float scale) {
-  const int columns = p.columns(), units = columns / PAIR<C>, strips = up(count, ROWS);
+  const int columns = p.columns(), units = columns / PAIR<C>, strips = up(count, ROWS<C>);
   const Span ids = sight.ids(first, count);
   const long group = head / (p.heads / p.groups);
   uint32_t *q = scratch(0, QUERIES * units), *plain = scratch(1, TILE * units);
   uint32_t *kt = scratch(2, TILE * units), *vj = scratch(3, TILE * units);
-  float *o = scratch<float>(4, QUERIES * columns), *s = scratch<float>(5, ROWS * TILE);
+  float *o = scratch<float>(4, QUERIES * columns), *s = scratch<float>(5, ROWS<C> * TILE);
   float *m = scratch<float>(6, 2 * QUERIES), *l = m + QUERIES;
-  uint32_t* w = scratch(7, ROWS * TILE);
+  uint32_t* w = scratch(7, ROWS<C> * TILE);
   rows<C>(p.at<T>(p.q, b, first, head), p.q.row, count, p.width, q, units, strips);
   std::fill_n(o, strips * columns, 0.f);
   std::fill_n(m, strips, NONE);
@@ -153,13 +154,13 @@ void forward(const Problem& p, const Sight& sight, long b, long head, int first,
     Packed keys = turned(plain, units, padded, kt);
     rows<C>(p.at<T>(p.v, b, key, group), p.v.row, n, p.width, plain, units, padded);
     Packed values = joined<C>(plain, padded, columns, vj);
-    for (int r = 0; r < strips; r += ROWS) {
-      const Span mine = sight.ids(first + r, ROWS);
-      Lanes at = sight.see(first + r, ROWS, mine, key, key + n);
+    for (int r = 0; r < strips; r += ROWS<C>) {
+      const Span mine = sight.ids(first + r, ROWS<C>);
+      Lanes at = sight.see(first + r, ROWS<C>, mine, key, key + n);
       if (at.from >= at.to) continue;
       int from = at.from - key, to = up(at.to - key, W);
       multiply<C, false>(q + r * units, units, keys, 0, units, from, to, s, TILE);
-      if (!at.whole) sight.hide(first + r, mine, at, key, s, TILE);
+      if (!at.whole) sight.hide(first + r, ROWS<C>, mine, at, key, s, TILE);
       softmax<C>(s + from, to - from, scale * LOG2E, m + r, l + r, o + r * columns, columns, (C*)w + from);
       multiply<C, true>(w, TILE / PAIR<C>, values, from / PAIR<C>, to / PAIR<C>, 0, columns, o + r * columns, columns);
     }
@@ -176,7 +177,7 @@ void forward(const Problem& p, const Sight& sight, long b, long head, int first,
 // Scores s and slopes g (of the loss by the weights) of a strip [ROWS, n] -> weights p, slopes by scores d (unscaled).
 template <class C>
 void slopes(const float* s, const float* g, int n, float scale, const float* lse, const float* delta, C* p, C* d) {
-  for (int i = 0; i < ROWS; i++, s += BLOCK, g += BLOCK, p += BLOCK, d += BLOCK)
+  for (int i = 0; i < ROWS<C>; i++, s += BLOCK, g += BLOCK, p += BLOCK, d += BLOCK)
     for (int j = 0; j < n; j += W) {
       vec x = exp2(load(s + j) * scale - load(lse + j));
       store(p + j, x);
@@ -193,9 +194,9 @@ template <class C> struct Backward {
   uint32_t *plain = scratch(0, side), *k = scratch(1, side), *v = scratch(2, side), *kj = scratch(3, side);
   uint32_t *qt = scratch(4, side), *qj = scratch(5, side), *gt = scratch(6, side), *gj = scratch(7, side);
   float *dk = scratch<float>(8, BLOCK * columns), *dv = scratch<float>(9, BLOCK * columns);
-  float *s = scratch<float>(10, 2 * ROWS * BLOCK), *slope = s + ROWS * BLOCK;
+  float *s = scratch<float>(10, 2 * ROWS<C> * BLOCK), *slope = s + ROWS<C> * BLOCK;
   float *lse = scratch<float>(11, 2 * BLOCK), *delta = lse + BLOCK;
-  C *w = scratch<C>(12, ROWS * BLOCK), *d = scratch<C>(13, BLOCK * BLOCK);  // weights of a strip; slopes by scores
+  C *w = scratch<C>(12, ROWS<C> * BLOCK), *d = scratch<C>(13, BLOCK * BLOCK);  // weights of a strip; slopes by scores
   uint32_t* dt = scratch(14, BLOCK * across);                               // the latter, turned
   int key = 0, n = 0, query = 0, m = 0;                                     // first key, keys, first query, queries
   Packed keys{}, queries{}, queries_joined{}, grads{}, grads_joined{};
@@ -225,22 +226,22 @@ template <class C> struct Backward {
 
   // dk and dv += what these queries give; dq = or += what these keys give.
   void meet(float* dq, bool add) {
-    const int strips = up(n, ROWS), pairs = up(n, W * PAIR<C>);
+    const int strips = up(n, ROWS<C>), pairs = up(n, W * PAIR<C>);
     int low[BLOCK / SOME], high[BLOCK / SOME] = {};  // the keys that queries see
     std::fill_n(low, BLOCK / SOME, BLOCK);
     std::memset(d, 0, sizeof(C) * std::max(strips, pairs) * BLOCK);
-    for (int r = 0; r < strips; r += ROWS) {
-      const Span mine = sight.ids(key + r, ROWS);
-      const Lanes at = sight.see(key + r, ROWS, mine, query, query + m);
+    for (int r = 0; r < strips; r += ROWS<C>) {
+      const Span mine = sight.ids(key + r, ROWS<C>);
+      const Lanes at = sight.see(key + r, ROWS<C>, mine, query, query + m);
       if (at.from >= at.to) continue;
       const int from = at.from - query, to = up(at.to - query, W), a = from / PAIR<C>, z = to / PAIR<C>;
       for (int i = from / SOME; i * SOME < to; i++) {
         low[i] = std::min(low[i], r - r % (W * PAIR<C>));
-        high[i] = std::min(r + ROWS, pairs);
+        high[i] = std::min(r + ROWS<C>, pairs);
       }
       C* strip = d + r * BLOCK;
       multiply<C, false>(k + r * units, units, queries, 0, units, from, to, s, BLOCK);
-      if (!at.whole) sight.hide(key + r, mine, at, query, s, BLOCK);
+      if (!at.whole) sight.hide(key + r, ROWS<C>, mine, at, query, s, BLOCK);
       multiply<C, false>(v + r * units, units, grads, 0, units, from, to, slope, BLOCK);
       slopes<C>(s + from, slope + from, to - from, scale * LOG2E, lse + from, delta + from, w + from, strip + from);
       multiply<C, true>((uint32_t*)w, across, grads_joined, a, z, 0, columns, dv + r * columns, columns);
@@ -250,7 +251,7 @@ template <class C> struct Backward {
       for (int j = low[i / SOME]; j < high[i / SOME]; j += W * PAIR<C>)
         transpose([&](int u) { return unit(d + long(j + u * PAIR<C>) * BLOCK + i, BLOCK); },
                   dt + i * across + j / PAIR<C>, across, W);
-    for (int r = 0; r < m; r += ROWS, dq += ROWS * columns) {
+    for (int r = 0; r < m; r += ROWS<C>, dq += ROWS<C> * columns) {
       const int a = low[r / SOME] / PAIR<C>, z = std::max(a, high[r / SOME] / PAIR<C>);
       if (add) multiply<C, true>(dt + r * across, across, keys, a, z, 0, columns, dq, columns);
       else multiply<C, false>(dt + r * across, across, keys, a, z, 0, columns, dq, columns);
@@ -262,7 +263,7 @@ template <class C> struct Backward {
 template <class T, class C>
 void backward(const Problem& p, const Sight& sight, long b, long group, long split, int first, int last, float scale) {
   Backward<C> x{p, sight, scale};
-  const long each = p.heads / p.groups, padded = up(p.queries, ROWS), blocks = (p.queries + BLOCK - 1) / BLOCK;
+  const long each = p.heads / p.groups, padded = up(p.queries, SOME), blocks = (p.queries + BLOCK - 1) / BLOCK;
   for (int key = first; key < last; key += BLOCK) {
     const int n = std::min(BLOCK, last - key);
     const Span ids = sight.ids(key, n);
@@ -302,7 +303,7 @@ template <class T> void delta_of(const Problem& p, long b, long row) {
 
 // One query: its gradient, of the parts there are.
 template <class T> void dq_of(const Problem& p, long b, long row, float scale) {
-  const long padded = up(p.queries, ROWS), columns = p.columns(), blocks = (p.queries + BLOCK - 1) / BLOCK;
+  const long padded = up(p.queries, SOME), columns = p.columns(), blocks = (p.queries + BLOCK - 1) / BLOCK;
   std::vector<float> sum(columns);
   for (long head = 0; head < p.heads; head++) {
     std::fill(sum.begin(), sum.end(), 0.f);
@@ -322,12 +323,16 @@ template <class T, class C> void run_forward(const Problem& p, float scale) {
   const long pairs = p.batch * p.heads, least = (p.queries + QUERIES - 1) / QUERIES;
   const long most = (p.queries + TILE / 4 - 1) / (TILE / 4);  // a row's result is the same in any tile
   const long tiles = std::min(most, std::max(least, (4 * p.threads + pairs - 1) / pairs));
-  const long size = up((p.queries + tiles - 1) / tiles, ROWS);
+  const long size = up((p.queries + tiles - 1) / tiles, ROWS<C>);
   const long items = pairs * ((p.queries + size - 1) / size);
-#pragma omp parallel for schedule(dynamic) num_threads(p.threads)
-  for (long i = items - 1; i >= 0; i--) {  // with causal order the last tiles are the longest
-    const long first = i / pairs * size, b = i / p.heads % p.batch, head = i % p.heads;
-    forward<T, C>(p, sights[b], b, head, first, std::min(size, p.queries - first), scale);
+#pragma omp parallel num_threads(p.threads)
+  {
+    Matrices ready;
+#pragma omp for schedule(dynamic)
+    for (long i = items - 1; i >= 0; i--) {  // with causal order the last tiles are the longest
+      const long first = i / pairs * size, b = i / p.heads % p.batch, head = i % p.heads;
+      forward<T, C>(p, sights[b], b, head, first, std::min(size, p.queries - first), scale);
+    }
   }
 }
 
@@ -337,6 +342,7 @@ template <class T, class C> void run_backward(const Problem& p, float scale) {
   const long blocks = (p.keys + BLOCK - 1) / BLOCK, items = p.batch * p.groups * p.splits;
 #pragma omp parallel num_threads(p.threads)
   {
+    Matrices ready;
 #pragma omp for schedule(static)
     for (long i = 0; i < p.batch * p.queries; i++) delta_of<T>(p, i / p.queries, i % p.queries);
 #pragma omp for schedule(dynamic)
@@ -357,6 +363,9 @@ typedef bf16 Half;
 #else
 typedef float Half;  // bf16 is widened
 #endif
+
+// Whether the system lets this process use what the kernels were compiled for.
+extern "C" int attention_allowed() { return matrices_allowed(); }
 
 extern "C" void attention_forward(const Problem* p, double scale) {
   p->half ? run_forward<bf16, Half>(*p, scale) : run_forward<float, float>(*p, scale);

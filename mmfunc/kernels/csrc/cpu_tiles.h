@@ -13,6 +13,10 @@
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -23,7 +27,6 @@ constexpr int W = 8, SIDE = 2;
 #else
 constexpr int W = 4, SIDE = 2;
 #endif
-constexpr int ROWS = 6;           // of a strip: its sums over one panel, ROWS x SIDE vectors, stay in registers
 constexpr int PANEL = SIDE * W;   // columns of a panel
 
 typedef float vec __attribute__((vector_size(4 * W)));
@@ -31,6 +34,14 @@ typedef int32_t ivec __attribute__((vector_size(4 * W)));
 typedef uint32_t uvec __attribute__((vector_size(4 * W)));
 typedef uint16_t hvec __attribute__((vector_size(2 * W)));
 struct bf16 { uint16_t bits; };
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define TILES 1  // matrix registers: 16 rows of 16 units
+#else
+#define TILES 0
+#endif
+// Rows of a strip: its sums over one panel, ROWS x SIDE vectors, stay in registers.
+template <class C> constexpr int ROWS = TILES && sizeof(C) == 2 ? 16 : 6;
 
 template <class V, class T> inline V read(const T* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 template <class V, class T> inline void write(T* p, V v) { std::memcpy(p, &v, sizeof v); }
@@ -178,12 +189,57 @@ template <class C> inline vec dot(vec sum, uint32_t a, uvec b) {
   return sum + x * (vec)b;
 }
 
+#if TILES
+// The matrix registers of a thread: 0 to 3 sums, 4 and 5 a left and a right side of 16 units, 6 and 7 of 8.
+struct Matrices {
+  Matrices() {
+    alignas(64) uint8_t to[64] = {1};  // bytes of a row from 16 on, two bytes each; rows from 48 on
+    for (int i = 0; i < 8; i++) to[16 + 2 * i] = i == 6 ? 32 : 64, to[48 + i] = i == 7 ? 8 : 16;
+    _tile_loadconfig(to);
+  }
+  ~Matrices() { _tile_release(); }
+};
+
+inline bool matrices_allowed() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }  // ARCH_REQ_XCOMP_PERM, their data
+
+// As strip() below; strides in bytes.
+template <bool ADD, int N>
+void tiles(const uint32_t* a, long stride, const uint32_t* b, long width, int units, float* c, long apart) {
+#define EACH(run) run(0); if constexpr (N > 1) { run(1); } if constexpr (N > 2) { run(2); } if constexpr (N > 3) { run(3); }
+#define START(i) if constexpr (ADD) _tile_loadd(i, c + i * W, apart); else _tile_zero(i)
+#define FULL(i) _tile_loadd(5, b + i * W, width); _tile_dpbf16ps(i, 4, 5)
+#define HALF(i) _tile_loadd(7, b + i * W, width); _tile_dpbf16ps(i, 6, 7)
+#define STORE(i) _tile_stored(i, c + i * W, apart)
+  EACH(START)
+  for (; units >= 16; units -= 16, a += 16, b += 4 * width) {
+    _tile_loadd(4, a, stride);
+    EACH(FULL)
+  }
+  if (units) {  // sides are multiples of 8
+    _tile_loadd(6, a, stride);
+    EACH(HALF)
+  }
+  EACH(STORE)
+#undef EACH
+#undef START
+#undef FULL
+#undef HALF
+#undef STORE
+}
+#else
+struct Matrices { Matrices() {} };
+inline bool matrices_allowed() { return true; }
+#endif
+
 // c [ROWS, N vectors] (+)= a [ROWS, units] b [units, N vectors]; rows are `stride`, `width` and `apart` apart.
 template <class C, bool ADD, int N>
 void strip(const uint32_t* a, long stride, const uint32_t* b, long width, int units, float* c, long apart) {
-  vec sum[ROWS][N];
+  #if TILES
+  if constexpr (PAIR<C> == 2) return tiles<ADD, N>(a, 4 * stride, b, 4 * width, units, c, 4 * apart);
+#endif
+  vec sum[ROWS<C>][N];
 #pragma GCC unroll 8
-  for (int i = 0; i < ROWS; i++)
+  for (int i = 0; i < ROWS<C>; i++)
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) sum[i][j] = vec{};
 #pragma GCC unroll 2
@@ -192,12 +248,12 @@ void strip(const uint32_t* a, long stride, const uint32_t* b, long width, int un
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) right[j] = read<uvec>(b + j * W);
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; i++)
+    for (int i = 0; i < ROWS<C>; i++)
 #pragma GCC unroll 8
       for (int j = 0; j < N; j++) sum[i][j] = dot<C>(sum[i][j], a[i * stride + u], right[j]);
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < ROWS; i++)
+  for (int i = 0; i < ROWS<C>; i++)
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) {
       float* to = c + i * apart + j * W;
