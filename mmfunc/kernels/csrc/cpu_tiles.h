@@ -10,7 +10,7 @@
 #include <cstring>
 #include <utility>
 #include <vector>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 #if defined(__AMX_BF16__)
@@ -76,17 +76,25 @@ template <int S = W / 2, class F> inline float fold(vec v, F f) {
   else return v[0];
 }
 
-// 2^x for x <= 128, relative error 2e-7; exactly 0 below -127.
+// 2^x for x <= 128, relative error 2e-7; 0 (or, with AVX512, less than the smallest normal number) below -127.
 inline vec exp2(vec x) {
+#if defined(__AVX512DQ__)
+  vec f = (vec)_mm512_reduce_ps((__m512)x, 0);  // x less the nearest integer
+#else
   constexpr float SHIFT = 12582912 + 127;  // adding it rounds to an integer whose low bits are a float's exponent
   x = max(all(-127), x);
   vec n = x + SHIFT, f = x - (n - SHIFT);
+#endif
   vec y = f * 1.3264727e-3f + 9.6715130e-3f;
   y = y * f + 5.5507336e-2f;
   y = y * f + 2.4022242e-1f;
   y = y * f + 6.9314700e-1f;
   y = y * f + 1;
+#if defined(__AVX512DQ__)
+  return (vec)_mm512_scalef_ps((__m512)y, (__m512)(x - f));
+#else
   return y * (vec)((ivec)n << 23);
+#endif
 }
 
 // W x W units, transposed, of which `count` rows are wanted: row(i) to to[i * apart].
