@@ -2,6 +2,7 @@
 
     python programs/lower.py qwen2:tiny
     python programs/lower.py wan:t2v-1.3b --what forward --layers 2 --out runs/lowered
+    python programs/lower.py qwen2:2.5-7b --mode block --mesh.fsdp 8 --mesh.tp 8   # one rank's part, Hcom operations
 
 Prints operations lowered and failed (with the line of the family), GE operations with FLOPs, bytes and a roofline time
 on a 910B. Nothing of the model is allocated. The first run builds the environment .venv-ascend, in a minute.
@@ -12,8 +13,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,11 +38,14 @@ if __name__ == "__main__":
     enter()
 
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mmfunc import example, jit, models, tree
+from mmfunc import example, jit, models, parts, shard, tree
+from mmfunc.kernels import npu
 from mmfunc.kernels.ge import cost, lowering
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,7 +56,10 @@ class Args:
     model: tyro.conf.Positional[str]  # family:preset
     what: Literal["train", "forward"] = "train"  # loss and gradients, or the loss alone
     dtype: Literal["fp32", "bf16"] = "bf16"  # of parameters
-    size: example.Sizes = example.Sizes()
+    size: example.Sizes = example.Sizes()  # of a rank's batch
+    mode: jit.Mode = "whole"
+    kernels: npu.Own = "torch_npu"  # "mmfunc": ours in Ascend C where they fit
+    mesh: shard.Mesh = field(default_factory=shard.Mesh)  # ranks along each axis; they need not exist
     layers: int = 0  # of each stack at most; 0: all
     out: Path | None = None  # folder for the graphs, as text and as protobuf
 
@@ -67,15 +75,38 @@ def shallow(c: Any, layers: int) -> Any:
 def program(family: Any, c: Any, a: Args) -> Callable:
     """(parameters, batch) -> what is lowered."""
     loss = example.loss(family, c)
-    run = (lambda p, b: loss(p, b)) if a.what == "forward" else (lambda p, b: jit.value_and_grad(loss)(p, b))
-    return jit.jit(run, backend="npu")
+
+    def forward(p: tree.Tree, batch: tree.Tree) -> Tensor:
+        return shard.share(loss(shard.ready(p), batch))
+
+    def train(p: tree.Tree, batch: tree.Tree) -> tuple[Tensor, dict[str, Tensor]]:
+        value, grads = jit.value_and_grad(forward)(p, shard.counted(batch))
+        return shard.total(value), shard.sync(tree.flatten(grads))
+
+    return jit.jit(train if a.what == "train" else forward, a.mode, "npu")
+
+
+@contextmanager
+def ranks(mesh: shard.Mesh, declared: tree.Tree) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Within, the program is the first of a mesh's ranks, the others do not exist; yields its parts of parameters."""
+    if mesh.world == 1:
+        yield {n: p.shape for n, p in tree.flatten(declared).items()}
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.world)
+    try:
+        net = shard.connect(mesh)
+        net.place = net.place.to("npu")
+        with shard.use(net, declared):
+            yield {n: parts.local(s, s.store, net) for n, s in shard.using().layers[""].specs.items()}
+    finally:
+        dist.destroy_process_group()
 
 
 def lower(a: Args) -> tuple[lowering.Record, cost.Cost]:
     """The graphs of a model and what they cost; nothing is allocated."""
     family, c = models.get(a.model)
     c, total = shallow(c, a.layers), cost.Cost()
-    batch = example.batch(a.model, family, c, a.size)
+    batch = (example.batch if a.mesh.world == 1 else example.abstract)(a.model, family, c, a.size)
 
     known: dict[str, tuple] = {}
 
@@ -86,10 +117,11 @@ def lower(a: Args) -> tuple[lowering.Record, cost.Cost]:
         total.add(found)
         return [torch.empty(t.shape, dtype=t.dtype, device="npu:0") for t in results]
 
-    with FakeTensorMode(allow_non_fake_inputs=True), lowering.offline(run) as record:
-        put = lambda t: torch.empty(t.shape, dtype=t.dtype, device="npu:0")
-        params = tree.map(lambda p: torch.empty(p.shape, dtype=DTYPES[a.dtype], device="npu:0"), family.params(c))
-        program(family, c, a)(params, tree.map(put, batch))
+    declared, put = family.params(c), lambda shape, dtype: torch.empty(shape, dtype=dtype, device="npu:0")
+    with ranks(a.mesh, declared) as shapes, npu.using(a.kernels), lowering.offline(run) as record, \
+            FakeTensorMode(allow_non_fake_inputs=True):
+        params = tree.unflatten({n: put(shape, DTYPES[a.dtype]) for n, shape in shapes.items()}, declared)
+        program(family, c, a)(params, tree.map(lambda t: put(t.shape, t.dtype), batch))
     return record, total
 
 

@@ -297,6 +297,7 @@ def test_every_type_of_operation_was_computed():
 X, I = torch.ones(4, 6), torch.tensor([0, 2])
 USES = {  # operation: a function whose graph has it
     aten.select_backward.default: (step(lambda p, x: (p[:, 1] * x[:, 0]).sum()), X),
+    aten.logaddexp.default: (lambda p, x: torch.logaddexp(p, x), X),
     aten.amax.default: (lambda p, x: p.amax(1, keepdim=True), X),
     aten.amin.default: (lambda p, x: p.amin(0), X),
     aten.silu_backward.default: (step(lambda p, x: F.silu(p * x).sum()), X),
@@ -485,6 +486,18 @@ def test_the_program(tmp_path):
     assert "FlashAttentionScore" in done.stdout and 'type: "MatMul' in (tmp_path / "graph_0.pbtxt").read_text()
     again = lowering.GeGraph(serialized_model_def=(tmp_path / "graph_0.pb").read_bytes())
     assert Counter(op.type for op in again.op)["FlashAttentionScore"] == 2
+
+
+@pytest.mark.parametrize("flags, graphs, kinds", [
+    ("--mode block --kernels mmfunc --mesh.fsdp 2 --mesh.ulysses 2", 6, ("HcomReduceScatter", "MmfuncAttentionBackward")),
+    ("--mesh.ring 2", 1, ("Log",))])
+def test_the_program_on_a_mesh(flags, graphs, kinds):
+    """The first rank's part of a training step; block by block there are as many graphs as kinds of blocks."""
+    program = Path(__file__).parent.parent / "programs" / "lower.py"
+    done = subprocess.run([sys.executable, program, "qwen2:tiny", *flags.split()], text=True, capture_output=True)
+    assert done.returncode == 0 and f"\n{graphs} graphs;" in done.stdout and ", 0 failed" in done.stdout, (
+        done.stdout + done.stderr)
+    assert all(kind in done.stdout for kind in ("HcomAllToAllV", *kinds)), done.stdout
 
 
 def test_the_doctor(tmp_path, capsys):

@@ -66,9 +66,15 @@ def select_backward(grad: Tensor, sizes: list[int], dim: int, index: int) -> Ten
     return F.pad(grad.unsqueeze(dim), [0, 0] * (len(sizes) - 1 - dim) + [index, sizes[dim] - 1 - index])
 
 
+def logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """log(e^a + e^b); infinite numbers may be equal."""
+    apart = torch.where(a == b, 0.0, (a - b).abs())
+    return torch.maximum(a, b) + (1 + (-apart).exp()).log()
+
+
 DECOMPOSITIONS = {aten.silu_backward.default: silu_backward, aten.matmul_backward.default: matmul_backward,
                   aten.index_copy.default: index_copy, aten.index_put.default: index_put,
-                  aten.select_backward.default: select_backward}
+                  aten.select_backward.default: select_backward, aten.logaddexp.default: logaddexp}
 
 
 # ---- converters
@@ -154,6 +160,7 @@ NEEDED = {  # operation: (the wheel of torch_npu that needs ours, what its own d
     aten.matmul_backward.default: ("2.13.0", "takes no mask but [True, True]"),
     aten.index_copy.default: ("2.13.0", "raises NotImplementedError"),
     aten.index_put.default: ("2.13.0", "raises NotImplementedError"),
+    aten.logaddexp.default: ("2.13.0", "raises NotImplementedError"),
     aten.amax.default: ("2.13.0", "raises NotImplementedError"),
     aten.amin.default: ("2.13.0", "raises NotImplementedError"),
     aten.gelu.default: ("2.13.0", "always takes the fit by tanh"),

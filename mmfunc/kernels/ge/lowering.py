@@ -7,13 +7,15 @@ function of ours gets the finished graph and its inputs.
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 from google.protobuf import text_format
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torchair._ge_concrete_graph import fx2ge_converter
 from torchair.core import _torchair
 from torchair.ge._ge_graph import GeGraph
@@ -55,7 +57,9 @@ def _parser(record: Record) -> Callable:
 
     def parse(self: Any, target: Any, args: tuple, kwargs: dict, meta: Any) -> Any:
         try:
-            out = real(self, target, args, dict(kwargs), meta)
+            # not the caller's, within which a backward pass is compiled
+            with unset_fake_temporarily(), detect_fake_mode(meta) or nullcontext():
+                out = real(self, target, args, dict(kwargs), meta)
         except Exception as e:  # whatever it is, the operations after it are still to be counted
             why = (str(e).strip().splitlines() or [""])[0]
             where = backend.line(self._converter_ctx.node)

@@ -208,10 +208,16 @@ def divided(x: Tensor, y: Tensor) -> Tensor:
     return torch.div(x, y, rounding_mode=None if x.is_floating_point() else "trunc")
 
 
+def log(a: dict, x: Tensor) -> Tensor:
+    """The logarithm of scale x + shift, to a base; -1 is e."""
+    y = (a["scale"] * x + a["shift"]).log()
+    return y if a["base"] == -1 else y / math.log(a["base"])
+
+
 EVEN = {  # elementwise, both sides of one dtype
     "Add": torch.add, "Sub": torch.sub, "RealDiv": divided, "Equal": torch.eq, "Greater": torch.gt,
     "GreaterEqual": torch.ge, "Less": torch.lt, "LessEqual": torch.le, "LogicalAnd": torch.logical_and,
-    "LogicalOr": torch.logical_or}
+    "FloorMod": torch.remainder, "Maximum": torch.maximum, "LogicalOr": torch.logical_or}
 PLAIN = EVEN | {
     "Abs": torch.abs, "Cos": torch.cos, "Sin": torch.sin, "Neg": torch.neg, "Rsqrt": torch.rsqrt,
     "Sigmoid": torch.sigmoid, "Relu": torch.relu, "Reciprocal": torch.reciprocal, "LogicalNot": torch.logical_not,
@@ -228,6 +234,7 @@ OPERATIONS: dict[str, Callable] = {name: _plain(fn) for name, fn in PLAIN.items(
     "Shape": lambda a, x: torch.tensor(x.shape, dtype=DTYPES[3 if a["dtype"] == "DT_INT32" else a["dtype"]]),
     "Reshape": reshape, "Squeeze": squeeze, "Unsqueeze": unsqueeze, "ConcatV2": joined, "SplitV": split, "PadV3": pad,
     "StridedSliceV2": strided_slice, "Range": numbers,
+    "Log": log, "Tril": lambda a, x: x.tril(a["diagonal"]),
     "FlattenV2": lambda a, x: x.flatten(a["axis"], a["end_axis"]),
     "Pack": lambda a, *xs: torch.stack(counted(a["N"], xs), a["axis"]),
     "Unpack": lambda a, x: counted(a["num"], x.unbind(a["axis"])),
