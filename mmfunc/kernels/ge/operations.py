@@ -217,7 +217,8 @@ def log(a: dict, x: Tensor) -> Tensor:
 EVEN = {  # elementwise, both sides of one dtype
     "Add": torch.add, "Sub": torch.sub, "RealDiv": divided, "Equal": torch.eq, "Greater": torch.gt,
     "GreaterEqual": torch.ge, "Less": torch.lt, "LessEqual": torch.le, "LogicalAnd": torch.logical_and,
-    "FloorMod": torch.remainder, "Maximum": torch.maximum, "LogicalOr": torch.logical_or}
+    "LogicalOr": torch.logical_or, "FloorMod": torch.remainder, "FloorDiv": torch.floor_divide,
+    "Maximum": torch.maximum}
 PLAIN = EVEN | {
     "Abs": torch.abs, "Cos": torch.cos, "Sin": torch.sin, "Neg": torch.neg, "Rsqrt": torch.rsqrt,
     "Sigmoid": torch.sigmoid, "Relu": torch.relu, "Reciprocal": torch.reciprocal, "LogicalNot": torch.logical_not,
