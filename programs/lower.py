@@ -13,8 +13,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,11 +38,9 @@ if __name__ == "__main__":
     enter()
 
 import torch
-import torch.distributed as dist
 import tyro
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mmfunc import example, jit, models, parts, shard, tree
 from mmfunc.kernels import npu
@@ -86,27 +84,11 @@ def program(family: Any, c: Any, a: Args) -> Callable:
     return jit.jit(train if a.what == "train" else forward, a.mode, "npu")
 
 
-@contextmanager
-def ranks(mesh: shard.Mesh, declared: tree.Tree) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Within, the program is the first of a mesh's ranks, the others do not exist; yields its parts of parameters."""
-    if mesh.world == 1:
-        yield {n: p.shape for n, p in tree.flatten(declared).items()}
-        return
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.world)
-    try:
-        net = shard.connect(mesh)
-        net.place = net.place.to("npu")
-        with shard.use(net, declared):
-            yield {n: parts.local(s, s.store, net) for n, s in shard.using().layers[""].specs.items()}
-    finally:
-        dist.destroy_process_group()
-
-
 def lower(a: Args) -> tuple[lowering.Record, cost.Cost]:
     """The graphs of a model and what they cost; nothing is allocated."""
     family, c = models.get(a.model)
     c, total = shallow(c, a.layers), cost.Cost()
-    batch = (example.batch if a.mesh.world == 1 else example.abstract)(a.model, family, c, a.size)
+    batch = example.abstract(a.model, family, c, a.size)
 
     known: dict[str, tuple] = {}
 
@@ -118,9 +100,12 @@ def lower(a: Args) -> tuple[lowering.Record, cost.Cost]:
         return [torch.empty(t.shape, dtype=t.dtype, device="npu:0") for t in results]
 
     declared, put = family.params(c), lambda shape, dtype: torch.empty(shape, dtype=dtype, device="npu:0")
-    with ranks(a.mesh, declared) as shapes, npu.using(a.kernels), lowering.offline(run) as record, \
-            FakeTensorMode(allow_non_fake_inputs=True):
-        params = tree.unflatten({n: put(shape, DTYPES[a.dtype]) for n, shape in shapes.items()}, declared)
+    with lowering.rank(a.mesh) if a.mesh.world > 1 else nullcontext() as net, shard.use(net, declared), \
+            npu.using(a.kernels), lowering.offline(run) as record, FakeTensorMode(allow_non_fake_inputs=True):
+        specs = shard.using().layers[""].specs if net else {}
+        shape = lambda n, p: parts.local(specs[n], specs[n].store, net) if net else p.shape
+        flat = {n: put(shape(n, p), DTYPES[a.dtype]) for n, p in tree.flatten(declared).items()}
+        params = tree.unflatten(flat, declared)
         program(family, c, a)(params, tree.map(lambda t: put(t.shape, t.dtype), batch))
     return record, total
 

@@ -18,10 +18,8 @@ if importlib.util.find_spec("torch_npu") is None:
 
 import meshes
 import torch
-import torch.distributed as dist
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 from torch.nn import functional as F
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mmfunc import doctor, jit, models, nn, shard, tree
 from mmfunc.kernels import ascend, ascend_attention, ascend_ops
@@ -221,12 +219,8 @@ def test_fused_operations_of_torch_npu():
 def test_meshes(name, plan):
     """One graph, the same on all ranks; computed for all of them at once it gives the loss and gradients of one rank."""
     want, slopes = meshes.reference(name)
-    mesh = meshes.PLANS[plan]
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.world)
-    try:
-        loss, grads, record = on_mesh(name, shard.connect(mesh))
-    finally:
-        dist.destroy_process_group()
+    with lowering.rank(meshes.PLANS[plan]) as net:
+        loss, grads, record = on_mesh(name, net)
     assert not record.failed and len(record.graphs) == 1
     off = meshes.worst(grads, slopes)
     assert abs(loss - want) <= 1e-6 * abs(want) and off[0] <= 1e-5, off

@@ -173,6 +173,33 @@ def test_other_instruction_sets(monkeypatch):
                 assert (x - y).norm() <= (2e-6 if dtype == torch.float32 else 8e-3) * max(y.norm(), case[0][3].norm())
 
 
+@needed
+def test_a_system_that_allows_no_matrix_registers(monkeypatch):
+    """Then the kernels are built without them, and compute the same."""
+    made, real, cases = [], native.build, [draw(seed, torch.bfloat16)[:2] for seed in range(4)]
+    want = [results(ours, *c) for c in cases]
+
+    class Refusing:
+        def attention_allowed(self):
+            return 0
+
+    def build(cxx, machine="native", *without):
+        made.append(without)
+        return real(cxx, machine, *without)
+
+    load = native.ctypes.CDLL
+    monkeypatch.setattr(native, "build", build)
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: load(path) if made[-1] else Refusing())
+    native.library.cache_clear()
+    try:
+        for case, w in zip(cases, want):
+            for x, y in zip(results(ours, *case), w):
+                assert (x - y).norm() <= 8e-3 * max(y.norm(), case[0][3].norm())
+    finally:
+        native.library.cache_clear()
+    assert made == [(), ("amx-bf16",)]
+
+
 def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     q = torch.randn(1, 80, 2, 16)

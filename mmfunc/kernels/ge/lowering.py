@@ -12,15 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import torch.distributed as dist
 from google.protobuf import text_format
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchair._ge_concrete_graph import fx2ge_converter
 from torchair.core import _torchair
 from torchair.ge._ge_graph import GeGraph
 
 from mmfunc.kernels.ge import backend, interpreter, own
+from mmfunc.shard.mesh import Mesh, connect
 
 
 @dataclass
@@ -76,6 +79,16 @@ def _parser(record: Record) -> Callable:
         return out
 
     return parse
+
+
+@contextmanager
+def rank(mesh: Mesh):
+    """Within, this process is the first rank of a mesh whose others do not exist; yields its Net."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.world)
+    try:
+        yield connect(mesh, "npu")
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager
