@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from math import prod
@@ -254,15 +255,18 @@ def same(saved: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 class Saver:
-    """Saves in the background, one at a time: a call copies the state, waits for the one before, and returns."""
+    """Saves in the background, one at a time: a call copies the state, waits for the one before, and returns.
 
-    def __init__(self, root: Path, keep: int = 3):
-        self.root, self.keep = Path(root), keep
+    failed(error) is told of what could not be written, and all goes on; without it a SaveError is raised.
+    """
+
+    def __init__(self, root: Path, keep: int = 3, failed: Callable[[SaveError], None] | None = None):
+        self.root, self.keep, self.failed = Path(root), keep, failed
         self.pool = ThreadPoolExecutor(1)
         self.running: Future | None = None
 
     def __call__(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
-        """Start to save; a SaveError of the one before is raised here."""
+        """Start to save; whether the one before failed is told here."""
         copy, pieces = tree.map(lambda t: t.detach().to("cpu", copy=True), state), shard.pieces(state)
         try:
             self.wait()
@@ -272,8 +276,13 @@ class Saver:
     def wait(self) -> None:
         """Until what was started is on the disk."""
         running, self.running = self.running, None
-        if running:
-            running.result()
+        try:
+            if running:
+                running.result()
+        except SaveError as e:
+            if self.failed is None:
+                raise
+            self.failed(e)
 
     def close(self) -> None:
         """Wait, and end the thread."""

@@ -129,7 +129,8 @@ class Jitted:
         except exc.BackendCompilerFailed as e:
             if not isinstance(e.inner_exception, ValueError):
                 raise
-            raise CompileError(f"{_name(self.fn)} cannot run on this device: {e.inner_exception}") from e
+            why = str(e.inner_exception).partition("\nTraceback")[0]  # torchair adds its own calls
+            raise CompileError(f"{_name(self.fn)} cannot run on this device: {why}") from e
         new = {k: v - was.get(k, 0) for k, v in counters["inductor"].items()}
         entry.cached = new.get("fxgraph_cache_hit", 0) > 0 == new.get("fxgraph_cache_miss", 0)
         entry.seconds = time.perf_counter() - start

@@ -110,8 +110,7 @@ def run(a: Args, job: shard.Job) -> int:
     task = tasks.of(a.model)
     family, c, source, step, state = start(a, task)
     apart = "out", "workers", "save", "questions", "mesh", "stages", "patience"  # may be others when a run goes on
-    settings = {k: v for k, v in asdict(a).items() if k not in apart}
-    meta = json.loads(json.dumps(settings, default=str))
+    meta = json.loads(json.dumps({k: v for k, v in asdict(a).items() if k not in apart}, default=str))
     found = checkpoint.restore(a.out / "checkpoints", state)
     if found:
         checkpoint.same(found[1], meta)
@@ -120,9 +119,14 @@ def run(a: Args, job: shard.Job) -> int:
     done = int(state["step"]) // a.accumulate
     out = a.out / f"rank-{shard.rank()[0]}" if shard.rank()[0] else a.out  # the first rank's log is the run's
     watch = data.Watch(out / "bad_samples.jsonl")
-    saver = checkpoint.Saver(a.out / "checkpoints")
     with metrics.Log(out, a.steps, metrics.config(asdict(a)), resume=done) as log:
-        save = lambda n: _save(saver, n, state, meta, log, job)
+        saver = checkpoint.Saver(a.out / "checkpoints", failed=partial(_unsaved, log))
+
+        def save(n: int) -> None:
+            with log.time("checkpoint"):
+                saver(n, state, meta)
+                job.saved(n, saver.running)
+
         stream = _timed(data.stream(source, done, a.steps, a.workers), log, watch)
         for number, micro, facts in job.steps(stream, done, save, ahead=a.backend != "eager"):
             micro, facts = _complete(source, number, micro, facts, log, watch)
@@ -145,19 +149,22 @@ def run(a: Args, job: shard.Job) -> int:
                 with log.time("checkpoint"), job.at("show"):
                     shard.alone(task.show, a, family, c, params, number + 1)
                     report.write(out)
+        saver.failed = None if job.stopped else saver.failed  # exit code 75 says that all is saved
+        saver.close()
         if job.stopped:
-            saver.close()
             return 75
-        _told(saver.close, log)
         for entry in step.stats():
             log.event("compile", **entry)
     report.write(out)
     params = result(a, state)
     with job.at("show"):
-        if a.lora.rank:
-            shard.alone(task.adapter, a, family, c, params)
-        shard.alone(task.export, a, family, c, lora.merge(params))
+        shard.alone(task.export, a, family, c, params)
     return 0
+
+
+def result(a: Args, state: tree.Tree) -> tree.Tree:
+    """The whole parameters that training has arrived at, or their running mean."""
+    return shard.whole(tree.merge(optim.averaged(state), state["frozen"]) if a.ema else optim.full(state))
 
 
 def _complete(source: Any, number: int, micro: list, facts: dict, log: metrics.Log, watch: data.Watch) -> tuple:
@@ -169,24 +176,10 @@ def _complete(source: Any, number: int, micro: list, facts: dict, log: metrics.L
     return micro, facts
 
 
-def result(a: Args, state: tree.Tree) -> tree.Tree:
-    """The whole parameters that training has arrived at, or their running mean."""
-    return shard.whole(tree.merge(optim.averaged(state), state["frozen"]) if a.ema else optim.full(state))
-
-
-def _save(saver: checkpoint.Saver, n: int, state: tree.Tree, meta: dict, log: metrics.Log, job: shard.Job) -> None:
-    with log.time("checkpoint"):
-        _told(partial(saver, n, state, meta), log)
-        job.saved(n, saver.running)
-
-
-def _told(save: Any, log: metrics.Log) -> None:
+def _unsaved(log: metrics.Log, error: checkpoint.SaveError) -> None:
     """Training goes on when a checkpoint cannot be written; it is told, and the earlier ones are intact."""
-    try:
-        save()
-    except checkpoint.SaveError as e:
-        log.event("save failed", reason=str(e))
-        print(e, file=sys.stderr)
+    log.event("save failed", reason=str(error))
+    print(error, file=sys.stderr)
 
 
 def _timed(stream: Any, log: metrics.Log, watch: data.Watch) -> Any:

@@ -124,7 +124,8 @@ _tables: list[list[dict[str, Row]]] = [[THEIRS]]
 
 @contextmanager
 def using(whose: Own):
-    """Within, what is compiled for NPUs takes our kernels where they fit ("mmfunc"), or none of them."""
+    """Within, what is compiled for NPUs takes our kernels where they fit ("mmfunc"), or none of them; what was compiled
+    before stays as it is."""
     _tables.append({"torch_npu": [THEIRS], "mmfunc": [OURS, THEIRS]}[whose])
     try:
         yield

@@ -1,5 +1,5 @@
 """What a model folder is trained to do. Each task is a module with the same functions: model, batches, signatures,
-show, adapter, export; they get the flags of the training program."""
+show, export; they get the flags of the training program."""
 
 from importlib import import_module
 from pathlib import Path

@@ -78,11 +78,8 @@ def show(a: Any, family: Any, c: Any, params: Tree, step: int) -> None:
         f.writelines(json.dumps({"step": step, **r}) + "\n" for r in rows)
 
 
-def adapter(a: Any, family: Any, c: Any, params: Tree) -> None:
-    """A PEFT folder of the low-rank paths."""
-    lora.export(a.out / "adapter", params, models.table(family, c), base_model=str(a.model))
-
-
 def export(a: Any, family: Any, c: Any, params: Tree) -> None:
-    """A hub folder."""
-    models.export(a.out / "export", family, c, params, like=a.model)
+    """A hub folder, and a PEFT folder of low-rank paths where there are some."""
+    if a.lora.rank:
+        lora.export(a.out / "adapter", params, models.table(family, c), base_model=str(a.model))
+    models.export(a.out / "export", family, c, lora.merge(params), like=a.model)

@@ -200,13 +200,12 @@ def trained(a: Any, family: Any, c: Any, params: Tree) -> bundle.Pipeline:
     return replace(bundle.load(a.model, ENCODERS), transformer=Part(family, c, params))
 
 
-def adapter(a: Any, family: Any, c: Any, params: Tree) -> None:
-    """The low-rank paths as diffusers reads them."""
-    (a.out / "adapter").mkdir(parents=True, exist_ok=True)
-    lora.export_weights(a.out / "adapter", params, models.table(family, c))
-
-
 def export(a: Any, family: Any, c: Any, params: Tree) -> None:
-    """A pipeline folder with the trained transformer, its other parts carried along."""
+    """A pipeline folder with the trained transformer, its other parts carried along; low-rank paths apart as diffusers
+    reads them."""
+    if a.lora.rank:
+        (a.out / "adapter").mkdir(parents=True, exist_ok=True)
+        lora.export_weights(a.out / "adapter", params, models.table(family, c))
     whole = bundle.load(a.model, ())
-    bundle.export(a.out / "export", replace(whole, transformer=Part(family, c, params)), like=a.model)
+    part = Part(family, c, lora.merge(params))
+    bundle.export(a.out / "export", replace(whole, transformer=part), like=a.model)

@@ -72,7 +72,25 @@ def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a, b) + (1 + (-apart).exp()).log()
 
 
+def group_norm(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    """A norm of groups in half precision, in float32; what it keeps for its gradient stays in float32."""
+    if x.dtype == torch.float32:
+        return NotImplemented
+    y, *kept = aten.native_group_norm(*(t.float() if isinstance(t, Tensor) else t for t in (x, *given)))
+    return y.to(x.dtype), *kept
+
+
+def group_norm_backward(grad: Tensor, x: Tensor, *given: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of group_norm, in the dtype of x."""
+    if x.dtype == torch.float32:
+        return NotImplemented
+    wide = (t.float() if isinstance(t, Tensor) else t for t in (grad, x, *given))
+    return tuple(t if t is None else t.to(x.dtype) for t in aten.native_group_norm_backward(*wide))
+
+
 DECOMPOSITIONS = {aten.silu_backward.default: silu_backward, aten.matmul_backward.default: matmul_backward,
+                  aten.native_group_norm.default: group_norm,
+                  aten.native_group_norm_backward.default: group_norm_backward,
                   aten.index_copy.default: index_copy, aten.index_put.default: index_put,
                   aten.select_backward.default: select_backward, aten.logaddexp.default: logaddexp}
 
@@ -117,7 +135,7 @@ def _given(op: Any, args: tuple, kwargs: dict) -> tuple[dict[str, Any], dict[str
     flags = {k: found.get(k, default) for k, default in FLAGS.items()}
     odd = [k for k in UNUSED if found.get(k) not in (None, "")]
     if found["input_layout"] not in LAYOUTS or odd or not math.isclose(flags["keep_prob"], 1.0):
-        said = f"layout {found['input_layout']}, keep_prob {flags['keep_prob']}, {', '.join(odd)}"
+        said = ", ".join([f"layout {found['input_layout']}", f"keep_prob {flags['keep_prob']}", *odd])
         raise ValueError(f"{op} with {said} is not lowered for NPUs; layouts are {', '.join(LAYOUTS)}, without dropout")
     return found, flags | {"head_num": found["head_num"], "input_layout": found["input_layout"]}
 
@@ -155,6 +173,7 @@ for _op, _fn in CONVERTERS.items():
     torchair.register_fx_node_ge_converter(_op)(_fn)
 
 NEEDED = {  # operation: (the wheel of torch_npu that needs ours, what its own does)
+    aten.native_group_norm_backward.default: ("2.13.0", "subtracts float32 from bfloat16"),
     aten.select_backward.default: ("2.13.0", "scatters into memory that nothing has written"),
     aten.silu_backward.default: ("2.13.0", "raises NotImplementedError"),
     aten.matmul_backward.default: ("2.13.0", "takes no mask but [True, True]"),
