@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfunc import data, generate, jit, lora, models, processor, score, text
+from mmfunc import data, generate, jit, lora, models, processor, score, text, tree
 from mmfunc.records import Record, Records
 from mmfunc.tree import Tree
 
@@ -30,10 +30,11 @@ def ready(family: Any, c: Any, params: Tree, pr: processor.Processor, backend: j
 
 
 def load(
-    folder: Path, *, adapter: Path | None = None, dtype: torch.dtype | None = None, backend: jit.Backend = "eager"
+    folder: Path, *, adapter: Path | None = None, dtype: torch.dtype | None = None, backend: jit.Backend = "eager",
+    device: str = "cpu",
 ) -> Model:
     """A Model from a hub folder, with the PEFT adapter of another folder if given."""
-    family, c, params = models.load(folder, dtype)
+    family, c, params = models.load(folder, dtype, device)
     if adapter:
         params = lora.load(
             adapter, family.params(c), params, models.table(family, c), models.spellings(family, c)
@@ -56,6 +57,7 @@ def ask(
     batch = data.left(samples, pr.text.pad)
     if hasattr(m.family, "prepare"):
         batch = m.family.prepare(m.config, batch)
+    batch = tree.put(batch, tree.leaves(m.params)[0].device)
     out = generate.generate(
         m.family, m.params, m.config, batch, new=new, stops=pr.text.stops, how=how, key=key, call=m.call, tell=tell
     )

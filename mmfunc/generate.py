@@ -90,15 +90,15 @@ def generate(family: Any, p: Tree, c: Any, batch: dict[str, Any], *, new: int, s
     for a in range(0, size, chunk or size):
         b = min(a + (chunk or size), size)
         part = {"inputs_embeds": x[:, a:b].contiguous(), "position_ids": place[..., a:b].contiguous()}
-        cache, logits = call(cache, p, part | {"start": torch.tensor(a), "cache_mask": seen})
+        cache, logits = call(cache, p, part | {"start": torch.tensor(a, device=x.device), "cache_mask": seen})
     return _decode(call, p, cache, logits, ids, mask, place[..., -1:] + 1, seen, size, new, set(stops), how, key, tell)
 
 
 def _decode(call, p, cache, logits, ids, mask, place, seen, size, new, stops, how, key, tell) -> list[list[int]]:
     rows = len(ids)
     out: list[list[int]] = [[] for _ in range(rows)]
-    used = torch.zeros(logits.shape, dtype=torch.bool).scatter(1, torch.where(mask, ids, ids[:, -1:]), True)
-    key = random.key(0) if key is None else key
+    used = torch.zeros_like(logits, dtype=torch.bool).scatter(1, torch.where(mask, ids, ids[:, -1:]), True)
+    key = random.key(0, ids.device) if key is None else key
     for i in range(new):
         token = choose(logits, how, used, random.fold_in(key, i))
         used = used.scatter(1, token[:, None], True) if how.repetition != 1.0 else used
@@ -113,7 +113,7 @@ def _decode(call, p, cache, logits, ids, mask, place, seen, size, new, stops, ho
         one = {
             "input_ids": token[:, None],
             "position_ids": place + i,
-            "start": torch.tensor(size + i),
+            "start": torch.tensor(size + i, device=ids.device),
             "cache_mask": seen,
         }
         cache, logits = call(cache, p, one)

@@ -24,7 +24,7 @@ from torch._dynamo.utils import counters
 
 from mmfunc import lower, tree
 from mmfunc.grad import Policy, region, remat, standing_in, value_and_grad
-from mmfunc.kernels import wide
+from mmfunc.kernels import native, wide
 from mmfunc.nn import chain
 from mmfunc.signature import (
     CompileError,
@@ -46,8 +46,7 @@ Backend = Literal["inductor", "eager", "aot_eager", "npu"]
 
 
 OPTIONS = {  # of the backends
-    # Inductor would move the products that give gradients to the end of a graph that holds both passes, and so keep
-    # what they are made of: with remat that is up to five times the memory
+    # Inductor would move products that give gradients to a graph's end: with remat up to five times the memory
     "inductor": {"reorder_for_locality": False,
                  # leaves of an update share a few scalars only; to try each pair of them costs minutes of a compilation
                  "max_fusion_buffer_group_pairwise_attempts": 8,
@@ -188,6 +187,7 @@ class Jitted:
         # compiled code is found by code object: each call of torch.compile gets one of its own
         fn = FunctionType(fn.__code__.replace(), fn.__globals__, name, None, fn.__closure__)
         options = OPTIONS.get(self.backend, {}) | ({"guard_filter_fn": guards} if guards else {})
+        options |= native.vectors() if self.backend == "inductor" else {}
         backend = _npu() if self.backend == "npu" else self.backend
         return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend, options=options)
 

@@ -145,7 +145,7 @@ def _beside(declared: Tree, params: Tree, pairs: dict[str, dict[str, Tensor]], f
                 raise ValueError(f"{name}.{half} has the shape {wide[name][half].shape} in the model, "
                                  f"{tuple(pair[half].shape)} in {file}")
     added = lambda t, extra: _with(t, lambda n, p: p | extra[n] if n in extra else p)
-    return added(declared, wide), added(params, pairs)
+    return added(declared, wide), added(params, tree.put(pairs, tree.leaves(params)[0].device))
 
 
 # ---- diffusers' files: one file, names of modules under a prefix, each with its own rank

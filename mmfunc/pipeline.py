@@ -65,7 +65,7 @@ def readers(pipe: Pipeline, length: int | None = None) -> list[Callable[[str], d
     def read(part: Part, words: prompts.Prompts, encoder: recipes.Encoder, n: int, prompt: str) -> dict[str, Tensor]:
         batch, _ = prompts.encode(words, [recipe.clean(prompt)], n)
         ids = batch["input_ids"].to(tree.leaves(part.params)[0].device)
-        return encoder.features(part, ids, batch["attention_mask"])
+        return encoder.features(part, ids, batch["attention_mask"].to(ids.device))
 
     return [partial(read, *text, *how) for text, *how in zip(pipe.text, recipe.text, _lengths(pipe, length))]
 

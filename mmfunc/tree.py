@@ -148,6 +148,11 @@ def abstract(params: Tree, dtype: torch.dtype = torch.float32) -> Tree:
     return map(lambda p: torch.empty(p.shape, dtype=dtype, device="meta"), params)
 
 
+def put(tree: Tree, device: torch.device | str) -> Tree:
+    """The tree with its tensors on a device, but for those on the meta device; other leaves stay as they are."""
+    return map(lambda t: t.to(device, non_blocking=True) if isinstance(t, Tensor) and not t.is_meta else t, tree)
+
+
 def size(params: Tree) -> int:
     """Number of scalars, of Params or of tensors."""
     return sum(prod(p.shape) for p in leaves(params))

@@ -31,13 +31,13 @@ class Args:
     repetition: float = 1.0  # penalty of what was said before
     seed: int = 0
     dtype: Literal["fp32", "bf16"] = "fp32"
-    backend: Literal["eager", "inductor"] = "eager"
+    backend: Literal["eager", "inductor", "npu"] = "eager"
+    device: str = "cpu"  # or cuda, npu
 
 
 def main(a: Args) -> None:
-    m = answer.load(
-        a.model, adapter=a.adapter, dtype=torch.bfloat16 if a.dtype == "bf16" else torch.float32, backend=a.backend
-    )
+    dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
+    m = answer.load(a.model, adapter=a.adapter, dtype=dtype, backend=a.backend, device=a.device)
     how = generate.Sampling(a.temperature, a.top_k, a.top_p, a.repetition)
     videos = [a.video] if a.video else []
     if a.question is None and not sys.stdin.isatty():
@@ -46,8 +46,8 @@ def main(a: Args) -> None:
     while (said := a.question or input("> ")).strip():
         places = "" if messages else "<image>" * len(a.image) + "<video>" * len(videos)
         messages.append({"role": "user", "content": places + said})
-        tell = partial(stream, m, [])
-        reply = answer.ask(m, [(messages, a.image, videos)], new=a.new, how=how, key=random.key(a.seed), tell=tell)[0]
+        tell, key = partial(stream, m, []), random.key(a.seed, a.device)
+        reply = answer.ask(m, [(messages, a.image, videos)], new=a.new, how=how, key=key, tell=tell)[0]
         print("\r" + reply, flush=True)
         messages.append({"role": "assistant", "content": reply})
         if a.question:

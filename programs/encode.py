@@ -24,15 +24,16 @@ class Args:
     out: Path  # the folder of features
     media: Path | None = None  # root of media paths; the data file's folder when absent
     part: int = 256  # samples of a file
+    device: str = "cpu"  # or cuda, npu
     clips: pictures.Clips = field(default_factory=pictures.Clips)  # sizes and frame rate
 
 
 def main(a: Args) -> None:
-    with shard.world(flags=a, files=["model", "data"], out=a.out) as job:
+    with shard.world(device=a.device, flags=a, files=["model", "data"], out=a.out) as job:
         said = pictures.made(a.model, a.clips)
         done = job.once(features.begin, a.out, said | {"part": a.part})
         with shard.use(None):
-            source = pictures.online(a.model, records.open(a.data, a.media), a.clips)
+            source = pictures.online(a.model, records.open(a.data, a.media), a.clips, a.device)
         parts = range(done, -(-len(source) // a.part))
         turns = lambda fn, parts: track(job.each(fn, parts), "encoding", len(parts), disable=not sys.stdout.isatty())
         bad = features.write(a.out, source, parts, a.part, turns)

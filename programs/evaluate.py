@@ -31,20 +31,20 @@ class Args:
     new: int = 64  # tokens of an answer at most
     limit: int = 0  # only so many questions; 0: all
     dtype: Literal["fp32", "bf16"] = "fp32"
-    backend: Literal["eager", "inductor"] = "eager"
+    backend: Literal["eager", "inductor", "npu"] = "eager"
+    device: str = "cpu"  # or cuda, npu
 
 
 def main(a: Args) -> None:
-    with shard.world(flags=a, files=["model", "data"], out=a.out) as job:
+    with shard.world(device=a.device, flags=a, files=["model", "data"], out=a.out) as job:
         rows = answered(a, job)
         shard.alone(write, a, rows)
 
 
 def answered(a: Args, job: shard.Job) -> list[dict]:
     """A row for each question."""
-    m = answer.load(
-        a.model, adapter=a.adapter, dtype=torch.bfloat16 if a.dtype == "bf16" else torch.float32, backend=a.backend
-    )
+    dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
+    m = answer.load(a.model, adapter=a.adapter, dtype=dtype, backend=a.backend, device=a.device)
     asked = records.open(a.data, a.media)
     which = range(len(asked))[: a.limit or None]
     examine = lambda some: answer.examine(m, asked, some, metric=a.metric, new=a.new, batch=a.batch)

@@ -3,6 +3,7 @@
     python programs/lower.py qwen2:tiny
     python programs/lower.py wan:t2v-1.3b --what forward --layers 2 --out runs/lowered
     python programs/lower.py qwen2:2.5-7b --mode block --mesh.fsdp 8 --mesh.tp 8   # one rank's part, Hcom operations
+    python programs/lower.py qwen2vl:2.5-72b --mesh.pp 16 --stage 3                # one stage of a pipeline
 
 Prints operations lowered and failed (with the line of the family), GE operations with FLOPs, bytes and a roofline time
 on a 910B. Nothing of the model is allocated. The first run builds the environment .venv-ascend, in a minute.
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +44,7 @@ import tyro
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmfunc import example, jit, models, parts, shard, tree
+from mmfunc import example, jit, models, parts, relay, shard, tree
 from mmfunc.kernels import npu
 from mmfunc.kernels.ge import cost, lowering
 
@@ -58,6 +60,8 @@ class Args:
     mode: jit.Mode = "whole"
     kernels: npu.Own = "torch_npu"  # "mmfunc": ours in Ascend C where they fit
     mesh: shard.Mesh = field(default_factory=shard.Mesh)  # ranks along each axis; they need not exist
+    stages: relay.Plan = field(default_factory=relay.Plan)  # of layers along --mesh.pp
+    stage: int = 0  # of those: the one that is lowered, for one micro-batch
     layers: int = 0  # of each stack at most; 0: all
     out: Path | None = None  # folder for the graphs, as text and as protobuf
 
@@ -73,6 +77,8 @@ def shallow(c: Any, layers: int) -> Any:
 def program(family: Any, c: Any, a: Args) -> Callable:
     """(parameters, batch) -> what is lowered."""
     loss = example.loss(family, c)
+    if a.mesh.pp > 1:
+        return partial(pass_stage, a, lambda p, b: shard.share(loss(p, shard.counted(b))))
 
     def forward(p: tree.Tree, batch: tree.Tree) -> Tensor:
         return shard.share(loss(shard.ready(p), batch))
@@ -84,10 +90,25 @@ def program(family: Any, c: Any, a: Args) -> Callable:
     return jit.jit(train if a.what == "train" else forward, a.mode, "npu")
 
 
+def pass_stage(a: Args, loss: Callable, params: tree.Tree, batch: tree.Tree) -> None:
+    """One micro-batch through one stage of a pipeline, forth and (for training) back."""
+    params = shard.ready(params)
+    pipe = relay.pipeline(loss, params, {}, batch, a.mesh.pp, a.stages, backend="npu")
+    if not 0 <= a.stage < len(pipe.place):
+        raise ValueError(f"--stage {a.stage}: the stages are 0 to {len(pipe.place) - 1}")
+    stage = pipe.stage(a.stage, batch)
+    given = {(k, n): t for k, part in ((0, params), (2, batch)) for n, t in tree.flatten(part).items()}
+    env = {(1, n): stage.come.tensors[n] for n in stage.come.live}
+    for kind in stage.pieces if a.what == "train" else ["forward"]:
+        stage.run(kind, env, given)
+        env |= {(3, n): stage.go.tensors[n] for n in stage.go.back}
+
+
 def lower(a: Args) -> tuple[lowering.Record, cost.Cost]:
     """The graphs of a model and what they cost; nothing is allocated."""
     family, c = models.get(a.model)
     c, total = shallow(c, a.layers), cost.Cost()
+    relay.check(a.mesh.pp, a.stages, a.mode)
     batch = example.abstract(a.model, family, c, a.size)
 
     known: dict[str, tuple] = {}

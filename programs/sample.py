@@ -48,7 +48,7 @@ class Args:
     strict: bool = False  # refuse prompts that the text encoder would cut
     lora: Path | None = None  # adapters: a folder or a file
     dtype: Literal["fp32", "bf16"] = "fp32"  # of transformer and text encoders
-    backend: Literal["eager", "inductor"] = "eager"
+    backend: Literal["eager", "inductor", "npu"] = "eager"
     device: str = "cpu"
     again: Path | None = None  # a file of this program, to be made once more
 

@@ -52,7 +52,8 @@ class Args:
     seed: int = 0
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the computation; parameters are kept in float32
     mode: Literal["whole", "split", "block"] = "whole"  # how the step is compiled
-    backend: Literal["inductor", "eager"] = "inductor"
+    backend: Literal["inductor", "eager", "npu"] = "inductor"  # npu: torchair
+    device: str = "cpu"  # or cuda, npu: of parameters and steps; media are read, and encoded online, on the CPU
     remat: Literal["nothing", "attention", "dots"] | None = None  # what layers keep for the backward pass; None: all
     workers: int = 1  # loader processes; batches are the same for any number
     patience: float = 600  # seconds without progress, ten times as many for a first step, after which a rank is missing
@@ -77,9 +78,11 @@ def start(a: Args, task: Any) -> tuple[Any, Any, Any, Any, dict]:
     source = task.batches(a, family, c)
     shapes = _divided(a, shard.place(tree.abstract(declared)))
     step = stepping(a, task, lambda p, batch: family.loss(p, c, batch), tx, shapes, source)
-    params = models.start(folder, family, c, key if a.scratch else None)  # once it is known which stages are here
+    # now it is known which stages are here
+    params = models.start(folder, family, c, key if a.scratch else None, a.device)
     if a.lora.rank:
-        params = tree.merge(params, shard.place(tree.init(tree.select(declared, r"\.lora_"), key)))
+        paths = shard.place(tree.init(tree.select(declared, r"\.lora_"), key))
+        params = tree.merge(params, tree.put(paths, a.device))
     return family, c, source, step, optim.init(tx, *_divided(a, params), fp16=a.dtype == "fp16")
 
 
@@ -95,21 +98,22 @@ def stepping(a: Args, task: Any, loss: Any, tx: optim.Transform, weights: tuple,
         return jit.jit(partial(optim.step, loss, tx, compute=DTYPES[a.dtype]), a.mode, a.backend, donate=True,
                        buckets=task.signatures(a), remat=a.remat)
     with shard.use(None):
-        batch = source[0][0][0]
+        batch = tree.put(source[0][0][0], a.device)
     return relay.training(loss, tx, *weights, batch, a.mesh.pp, a.stages, compute=DTYPES[a.dtype], backend=a.backend,
                           remat=a.remat)
 
 
 def main(a: Args) -> int:
     relay.check(a.mesh.pp, a.stages, a.mode)
-    with shard.world(a.mesh, flags=a, files=["model", "data"], out=a.out, patience=a.patience) as job:
+    with shard.world(a.mesh, a.device, flags=a, files=["model", "data"], out=a.out, patience=a.patience) as job:
         return run(a, job)
 
 
 def run(a: Args, job: shard.Job) -> int:
     task = tasks.of(a.model)
     family, c, source, step, state = start(a, task)
-    apart = "out", "workers", "save", "questions", "mesh", "stages", "patience"  # may be others when a run goes on
+    # may be others when a run goes on
+    apart = "out", "workers", "save", "questions", "mesh", "stages", "patience", "device"
     meta = json.loads(json.dumps({k: v for k, v in asdict(a).items() if k not in apart}, default=str))
     found = checkpoint.restore(a.out / "checkpoints", state)
     if found:
@@ -119,7 +123,7 @@ def run(a: Args, job: shard.Job) -> int:
     done = int(state["step"]) // a.accumulate
     out = a.out / f"rank-{shard.rank()[0]}" if shard.rank()[0] else a.out  # the first rank's log is the run's
     watch = data.Watch(out / "bad_samples.jsonl")
-    with metrics.Log(out, a.steps, metrics.config(asdict(a)), resume=done) as log:
+    with metrics.Log(out, a.steps, metrics.config(asdict(a), a.device), resume=done, device=a.device) as log:
         saver = checkpoint.Saver(a.out / "checkpoints", failed=partial(_unsaved, log))
 
         def save(n: int) -> None:
@@ -133,7 +137,7 @@ def run(a: Args, job: shard.Job) -> int:
             with log.time("compute"):
                 losses = []  # each micro-batch's part of the update's
                 for batch in [micro] if a.mesh.pp > 1 else micro:
-                    state, told = step(state, batch)
+                    state, told = step(state, tree.put(batch, a.device))
                     losses.append(told["loss"])
                 told = {k: v.item() for k, v in (told | {"loss": sum(losses)}).items()}
             counts = {k: facts[k] * shard.part()[1] for k in ("tokens", "samples")}

@@ -11,7 +11,7 @@ from mmfunc.kernels import native
 from mmfunc.kernels.native import available
 
 BLOCK = 192  # as in the source: keys, and queries, of a step of the backward pass
-SOME = 48  # as in the source: queries are padded to
+SOME = 96  # as in the source: queries are padded to
 ITEMS = 16  # of work that the backward pass is cut into where there are not as many heads; no result depends on threads
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 SOURCES = sorted((Path(__file__).parent / "csrc").glob("cpu_*"))
+MACROS = {"avx2": "__AVX2__", "avx512": "__AVX512VL__", "avx512_vnni": "__AVX512VNNI__", "amx_tile": "__AMX_TILE__"}
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 
 
@@ -28,12 +29,32 @@ def folder() -> Path:
     return Path(beside).parent / "mmfunc" if beside else Path.home() / ".cache" / "mmfunc"
 
 
+@cache
+def defined(cxx: str, *flags: str) -> bytes:
+    """What the compiler predefines: its version, and the instructions that it may take."""
+    return subprocess.run([cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True).stdout
+
+
+@torch.compiler.assume_constant_result
+def vectors() -> dict[str, bool]:
+    """Inductor's option that the compiler has the vector instructions of this CPU, where it says so; else Inductor
+    compiles and runs a program for each kind of them, which takes up to 15 s before anything else is compiled."""
+    from torch._inductor.cpu_vec_isa import x86_isa_checker
+
+    cxx, here = compiler(), x86_isa_checker()
+    try:
+        known = defined(cxx, "-march=native") if cxx and here else b""
+    except (subprocess.CalledProcessError, OSError):
+        known = b""
+    return {"cpp.vec_isa_ok": True} if known and all(MACROS.get(k, "?").encode() in known for k in here) else {}
+
+
 def build(cxx: str, machine: str = "native", *without: str) -> Path:
     """The kernels compiled for a machine (-march), without some of its instructions; kept under the hash of source,
     flags, compiler and its machine."""
     flags = (*FLAGS, f"-march={machine}", *(f"-mno-{w}" for w in without))
-    facts = subprocess.run([cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True).stdout
-    key = hashlib.sha256(b"\0".join([cxx.encode(), *map(str.encode, flags), facts, *(s.read_bytes() for s in SOURCES)]))
+    facts = [cxx.encode(), *map(str.encode, flags), defined(cxx, *flags)]
+    key = hashlib.sha256(b"\0".join([*facts, *(s.read_bytes() for s in SOURCES)]))
     path = folder() / f"kernels-{key.hexdigest()[:24]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -71,10 +71,11 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu", *,
     return module, c, shard.filled(params) if parts else params
 
 
-def start(folder: Path, module: ModuleType, c: Any, key: Tensor | None) -> Tree:
+def start(folder: Path, module: ModuleType, c: Any, key: Tensor | None, device: str = "cpu") -> Tree:
     """What training starts from, this rank's part of it in float32: random parameters by a key, or the folder's, of
     which those of other stages have a shape only."""
-    return load(folder, torch.float32, parts=True)[2] if key is None else shard.place(tree.init(module.params(c), key))
+    return load(folder, torch.float32, device, parts=True)[2] if key is None else tree.put(
+        shard.place(tree.init(module.params(c), key)), device)
 
 
 def export(folder: Path, module: ModuleType, c: Any, params: Tree, *, like: Path | None = None,

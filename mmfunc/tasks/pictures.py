@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -76,12 +77,19 @@ def lookers(pipe: bundle.Pipeline) -> list[Encoder]:
     def cost(size: clips.Size) -> int:  # of both: the VAE runs on as many frames
         return flops(pipeline.latents, empty, torch.empty(1, 3, *size[still:], device="meta"))
 
-    first = lambda found: {k: v[0] for k, v in found.items()}
-    out = [Encoder(lambda x: {"latents": pipeline.latents(pipe, x[None])[0]}, cost)]
+    def encoder(look: Callable) -> Encoder:
+        device = next((t.device for t in tree.leaves(pipe.vae and pipe.vae.params)), "cpu")
+        return Encoder(lambda x: first(look(x[None].to(device))), cost)
+
+    out = [encoder(lambda x: {"latents": pipeline.latents(pipe, x)})]
     if getattr(pipe.transformer.config, "condition", 0):
-        seen = lambda x: first(pipeline.conditions(pipe, x[None, :, 0], x.shape[1]))
-        out.append(Encoder(seen, cost))
+        out.append(encoder(lambda x: pipeline.conditions(pipe, x[:, :, 0], x.shape[2])))
     return out
+
+
+def first(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The features of the only sample, on the CPU."""
+    return {k: v[0].cpu() for k, v in found.items()}
 
 
 def readers(pipe: bundle.Pipeline) -> list[Encoder]:
@@ -100,13 +108,12 @@ def readers(pipe: bundle.Pipeline) -> list[Encoder]:
         mask = prompts.encode(pipe.text[i][1], [recipe.clean(caption)], n)[0]["attention_mask"]
         return low + (high - low) * (int(mask.sum()) - 1) / max(n - 1, 1)
 
-    first = lambda fn, caption: {k: v[0] for k, v in fn(caption).items()}
-    return [Encoder(partial(first, fn), partial(cost, i)) for i, fn in enumerate(pipeline.readers(pipe))]
+    return [Encoder(lambda x, fn=fn: first(fn(x)), partial(cost, i)) for i, fn in enumerate(pipeline.readers(pipe))]
 
 
-def online(model: Path, rows: records.Records, a: Clips) -> Online:
+def online(model: Path, rows: records.Records, a: Clips, device: str = "cpu") -> Online:
     """Samples of records, encoded by the pipeline of a folder when they are asked for."""
-    pipe = bundle.load(model, ENCODERS)
+    pipe = bundle.load(model, ENCODERS, device=device)
     wanted = sizes(a.sizes)
     if not wanted:
         raise ValueError("give the sizes to train on, such as --clips.sizes 512x512, or features made ahead of time")
@@ -197,7 +204,7 @@ def drawn(pipe: bundle.Pipeline, prompts: list[str], size: clips.Size, key: Tens
 
 def trained(a: Any, family: Any, c: Any, params: Tree) -> bundle.Pipeline:
     """The pipeline of the model folder with other weights of the transformer."""
-    return replace(bundle.load(a.model, ENCODERS), transformer=Part(family, c, params))
+    return replace(bundle.load(a.model, ENCODERS, device=a.device), transformer=Part(family, c, params))
 
 
 def export(a: Any, family: Any, c: Any, params: Tree) -> None:

@@ -8,9 +8,9 @@
 namespace {
 
 constexpr int QUERIES = 768;        // forward: most queries of an item
-constexpr int TILE = 384;           // forward: keys of a step
+constexpr int TILE = 512;           // forward: keys of a step
 constexpr int BLOCK = 192;          // backward: keys of a step, queries of a step
-constexpr int SOME = 48;            // queries of a block that share a range of keys
+constexpr int SOME = 96;            // queries of a block that share a range of keys
 constexpr float HIDDEN = -1e30f;    // the score of what is masked
 constexpr float LOG2E = 1.44269504f;
 constexpr float NONE = -1e20f;      // the largest score of a row that has seen nothing yet
@@ -120,7 +120,7 @@ void softmax(const float* s, int n, float scale, float* m, float* l, float* o, i
     float top = std::max(m[i], fold(high, max) * scale);
     vec sum{};
     for (int j = 0; j < n; j += W) {
-      vec x = exp2(load(s + j) * scale - top);
+      vec x = exp2<C>(load(s + j) * scale - top);
       sum += x;
       store(p + j, x);
     }
@@ -179,7 +179,7 @@ template <class C>
 void slopes(const float* s, const float* g, int n, float scale, const float* lse, const float* delta, C* p, C* d) {
   for (int i = 0; i < ROWS<C>; i++, s += BLOCK, g += BLOCK, p += BLOCK, d += BLOCK)
     for (int j = 0; j < n; j += W) {
-      vec x = exp2(load(s + j) * scale - load(lse + j));
+      vec x = exp2<C>(load(s + j) * scale - load(lse + j));
       store(p + j, x);
       store(d + j, x * (load(g + j) - load(delta + j)));
     }

@@ -40,8 +40,8 @@ struct bf16 { uint16_t bits; };
 #else
 #define TILES 0
 #endif
-// Rows of a strip: its sums over one panel, ROWS x SIDE vectors, stay in registers.
-template <class C> constexpr int ROWS = TILES && sizeof(C) == 2 ? 16 : 6;
+// Rows of a strip: its sums over one panel, ROWS x SIDE vectors (over half of it in matrix registers), stay in registers.
+template <class C> constexpr int ROWS = TILES && sizeof(C) == 2 ? 32 : 6;
 
 template <class V, class T> inline V read(const T* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 template <class V, class T> inline void write(T* p, V v) { std::memcpy(p, &v, sizeof v); }
@@ -76,8 +76,9 @@ template <int S = W / 2, class F> inline float fold(vec v, F f) {
   else return v[0];
 }
 
-// 2^x for x <= 128, relative error 2e-7; 0 (or, with AVX512, less than the smallest normal number) below -127.
-inline vec exp2(vec x) {
+// 2^x for x <= 128, relative error 2e-7, of weights in bf16 1e-4; 0 (or, with AVX512, less than the smallest normal
+// number) below -127.
+template <class C> inline vec exp2(vec x) {
 #if defined(__AVX512DQ__)
   vec f = (vec)_mm512_reduce_ps((__m512)x, 0);  // x less the nearest integer
 #else
@@ -85,10 +86,16 @@ inline vec exp2(vec x) {
   x = max(all(-127), x);
   vec n = x + SHIFT, f = x - (n - SHIFT);
 #endif
-  vec y = f * 1.3264727e-3f + 9.6715130e-3f;
-  y = y * f + 5.5507336e-2f;
-  y = y * f + 2.4022242e-1f;
-  y = y * f + 6.9314700e-1f;
+  vec y;
+  if constexpr (sizeof(C) == 2) {
+    y = f * 5.5008930e-2f + 2.4221096e-1f;
+    y = y * f + 6.9328293e-1f;
+  } else {
+    y = f * 1.3264727e-3f + 9.6715130e-3f;
+    y = y * f + 5.5507336e-2f;
+    y = y * f + 2.4022242e-1f;
+    y = y * f + 6.9314700e-1f;
+  }
   y = y * f + 1;
 #if defined(__AVX512DQ__)
   return (vec)_mm512_scalef_ps((__m512)y, (__m512)(x - f));
@@ -198,11 +205,11 @@ template <class C> inline vec dot(vec sum, uint32_t a, uvec b) {
 }
 
 #if TILES
-// The matrix registers of a thread: 0 to 3 sums, 4 and 5 a left and a right side of 16 units, 6 and 7 of 8.
+// The matrix registers of a thread: 0 to 3 sums, 4 and 6 a left and a right side of 16 units, 5 and 7 of 8.
 struct Matrices {
   Matrices() {
     alignas(64) uint8_t to[64] = {1};  // bytes of a row from 16 on, two bytes each; rows from 48 on
-    for (int i = 0; i < 8; i++) to[16 + 2 * i] = i == 6 ? 32 : 64, to[48 + i] = i == 7 ? 8 : 16;
+    for (int i = 0; i < 8; i++) to[16 + 2 * i] = i == 5 ? 32 : 64, to[48 + i] = i == 7 ? 8 : 16;
     _tile_loadconfig(to);
   }
   ~Matrices() { _tile_release(); }
@@ -210,29 +217,36 @@ struct Matrices {
 
 inline bool matrices_allowed() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }  // ARCH_REQ_XCOMP_PERM, their data
 
-// As strip() below; strides in bytes.
+// As strip() below, 32 rows at two vectors at a time: a right side, which comes from afar, serves two left ones.
+// Strides in bytes.
 template <bool ADD, int N>
 void tiles(const uint32_t* a, long stride, const uint32_t* b, long width, int units, float* c, long apart) {
-#define EACH(run) run(0); if constexpr (N > 1) { run(1); } if constexpr (N > 2) { run(2); } if constexpr (N > 3) { run(3); }
-#define START(i) if constexpr (ADD) _tile_loadd(i, c + i * W, apart); else _tile_zero(i)
-#define FULL(i) _tile_loadd(5, b + i * W, width); _tile_dpbf16ps(i, 4, 5)
-#define HALF(i) _tile_loadd(7, b + i * W, width); _tile_dpbf16ps(i, 6, 7)
-#define STORE(i) _tile_stored(i, c + i * W, apart)
-  EACH(START)
-  for (; units >= 16; units -= 16, a += 16, b += 4 * width) {
-    _tile_loadd(4, a, stride);
-    EACH(FULL)
-  }
-  if (units) {  // sides are multiples of 8
-    _tile_loadd(6, a, stride);
-    EACH(HALF)
-  }
-  EACH(STORE)
-#undef EACH
+  if constexpr (N > 2) {
+    tiles<ADD, 2>(a, stride, b, width, units, c, apart);
+    tiles<ADD, N - 2>(a, stride, b + 2 * W, width, units, c + 2 * W, apart);
+  } else {
+    const long below = 4 * stride;  // 16 rows, in units
+    float* under = c + 4 * apart;
+#define START(i, c) if constexpr (ADD) _tile_loadd(i, c, apart); else _tile_zero(i)
+#define STEP(left, right)                                                   \
+  _tile_loadd(right, b, width);                                                          \
+  _tile_loadd(left, a, stride);                                                          \
+  _tile_dpbf16ps(0, left, right);                                                        \
+  if constexpr (N > 1) { _tile_loadd(right, b + W, width); _tile_dpbf16ps(1, left, right); } \
+  _tile_loadd(left, a + below, stride);                                                  \
+  if constexpr (N > 1) { _tile_dpbf16ps(3, left, right); _tile_loadd(right, b, width); }     \
+  _tile_dpbf16ps(2, left, right)
+    START(0, c);
+    START(2, under);
+    if constexpr (N > 1) { START(1, c + W); START(3, under + W); }
+    for (; units >= 16; units -= 16, a += 16, b += 4 * width) { STEP(4, 6); }
+    if (units) { STEP(5, 7); }  // sides are multiples of 8
+    _tile_stored(0, c, apart);
+    _tile_stored(2, under, apart);
+    if constexpr (N > 1) { _tile_stored(1, c + W, apart); _tile_stored(3, under + W, apart); }
 #undef START
-#undef FULL
-#undef HALF
-#undef STORE
+#undef STEP
+  }
 }
 #else
 struct Matrices { Matrices() {} };
