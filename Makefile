@@ -54,7 +54,7 @@ test-mesh: $(VENV)/test
 
 test-ascend: $(VENV)/test .venv-ascend/ready
 	mkdir -p $(TMPDIR)
-	LD_LIBRARY_PATH=$(ASCEND)/stubs TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pytest tests/test_ge.py -m "deep or not deep"
+	LD_LIBRARY_PATH=$(ASCEND)/stubs TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pytest tests/test_ge.py tests/test_devices.py -m "deep or not deep"
 	$(BIN)/python -m pytest tests/test_ascend_kernels.py -s -m "deep or not deep"
 
 # torch_npu and stand-ins for CANN's libraries, apart from the main environment, where torch would not start with them
