@@ -6,7 +6,7 @@ run=$1
 python=${PYTHON:-python3}
 start=$(date +%s)
 $python programs/digits.py --out "$run"
-$python programs/train.py --model "$run/model" --scratch --data "$run/data/train.jsonl" --out "$run" \
+$python programs/train.py --model "$run/model" --scratch --data "$run/data/train.jsonl" --out "$run" --mode split \
     --steps 1500 --batch 96 --lr 3e-3 --decay 0.05 --save 500 --questions "$run/data/heldout.jsonl" \
     --rows.tokens 28 --rows.patches 3072 --rows.attention 64
 $python programs/evaluate.py --model "$run/export" --data "$run/data/heldout.jsonl" --out "$run" --batch 120 --new 4
