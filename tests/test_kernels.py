@@ -22,7 +22,7 @@ def draw(seed, dtype):
     g = torch.Generator().manual_seed(seed)
     size = lambda top: int(torch.randint(1, top, (), generator=g))
     groups, width = choice(g, 1, 1, 2), choice(g, 16, 24, 32, 40, 64, 72, 80, 128, 136, 256, 5)
-    batch, heads, queries, keys = choice(g, 1, 2), groups * choice(g, 1, 2, 3), size(choice(g, 8, 70, 230)), size(choice(g, 8, 70, 450))
+    batch, heads, queries, keys = choice(g, 1, 2), groups * choice(g, 1, 2, 3), size(choice(g, 8, 70, 230)), size(choice(g, 8, 70, 450, 1300))
     causal, start, segments = choice(g, True, False), None, None
     if causal:
         start = choice(g, None, torch.tensor(size(keys + 1) - 1))
@@ -63,8 +63,8 @@ def exact(q, k, v, causal, segments, start, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_errors_are_no_larger_than_those_of_pytorch(dtype):
     """300 shapes and masks: each error within 1.2 times that of PyTorch's kernel or operations, all in all within 1.1."""
-    # of the values: two ways to round the same; in bf16 one rounding, which PyTorch's kernel on some CPUs does not make
-    floor = 4e-7 if dtype == torch.float32 else 2**-9
+    # of the values: two orders of a sum of 256; in bf16 one rounding, which PyTorch's kernel on some CPUs does not make
+    floor = 8e-7 if dtype == torch.float32 else 2**-9
     total = torch.zeros(4, 3)
     for seed in range(300):
         tensors, masks, seen = draw(seed, dtype)
@@ -227,3 +227,13 @@ def test_products_of_few_rows(rows, n, k):
     with torch.no_grad():
         assert torch.equal(y, jit.jit(product.linear, backend="aot_eager")(x, w, None))
     assert jit.jit(product.linear).lower(x, w, None).cost()["flops_by_op"] == {"mmfunc.cpu_matvec.default": 2 * rows * n * k}
+
+
+@pytest.mark.parametrize("macros, said", [
+    (b"", {}), (b"__AVX2__ __AVX512VL__", {}), (b"__AVX2__ __AVX512VL__ __AMX_TILE__", {"cpp.vec_isa_ok": True})])
+def test_inductor_is_told_of_vectors_that_the_compiler_has(monkeypatch, macros, said):
+    """Of all that the CPU has; else it tries each."""
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.x86_isa_checker", lambda: ["avx2", "avx512", "amx_tile"])
+    monkeypatch.setattr(native, "compiler", lambda: "g++")
+    monkeypatch.setattr(native, "defined", lambda *args: macros)
+    assert native.vectors() == said
