@@ -54,7 +54,7 @@ test-mesh: $(VENV)/test
 
 test-ascend: $(VENV)/test .venv-ascend/ready
 	mkdir -p $(TMPDIR)
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 -O ascend-families ascend-rest
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 ascend-families ascend-rest
 
 # by the real torchair, beside each other on two cores
 GE := LD_LIBRARY_PATH=$(ASCEND)/stubs TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pytest -m "deep or not deep"
