@@ -63,7 +63,7 @@ ascend-families:
 	$(GE) tests/test_ge.py
 
 ascend-rest:
-	$(GE) tests/test_ge_ours.py tests/test_devices.py
+	$(GE) tests/test_ge_ours.py tests/test_ge_meshes.py tests/test_devices.py
 	$(BIN)/python -m pytest tests/test_ascend_kernels.py -s -m "deep or not deep"
 
 # torch_npu and stand-ins for CANN's libraries, apart from the main environment, where torch would not start with them
