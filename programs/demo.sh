@@ -9,7 +9,7 @@ export OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
 $python programs/digits.py --out "$run"
 sh programs/drawings.sh "$run" >"$run/drawings.log" 2>&1 &
 drawings=$!
-trap 'kill $drawings 2>/dev/null || true' EXIT
+trap 'pkill -P $drawings || true; kill $drawings 2>/dev/null || true' EXIT
 $python programs/train.py --model "$run/model" --scratch --data "$run/data/train.jsonl" --out "$run" --mode split \
     --steps 1500 --batch 96 --lr 3e-3 --decay 0.05 --save 500 --questions "$run/data/heldout.jsonl" \
     --rows.tokens 28 --rows.patches 3072 --rows.attention 64
@@ -21,7 +21,7 @@ echo
 echo "The drawings, so far in $run/drawings.log:"
 tail -n +1 -f "$run/drawings.log" &
 shown=$!
-trap 'kill $drawings $shown 2>/dev/null || true' EXIT
+trap 'pkill -P $drawings || true; kill $drawings $shown 2>/dev/null || true' EXIT
 wait $drawings
 sleep 1
 kill $shown
