@@ -10,7 +10,7 @@ $python programs/judge.py --model "$run/flux-run/export" --out "$run/flux-run"
 $python programs/encode.py --model "$run/wan" --data "$run/clips" --out "$run/features" --clips.sizes 9x16x16 \
     --clips.fps 8
 $python programs/train.py --model "$run/wan" --scratch --data "$run/features" --out "$run/wan-run" --mode block \
-    --steps 900 --batch 64 --lr 2e-3 --decay 0.01 --ema 0.99 --save 500 --questions "$run/clips.txt"
+    --steps 1000 --batch 64 --lr 2e-3 --decay 0.01 --ema 0.99 --save 500 --questions "$run/clips.txt"
 $python programs/judge.py --model "$run/wan-run/export" --out "$run/wan-run"
 echo
 echo "Open $run/flux-run/report.html (drawing) and $run/wan-run/report.html (moving)"
