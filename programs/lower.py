@@ -3,7 +3,7 @@
     python programs/lower.py qwen2:tiny
     python programs/lower.py wan:t2v-1.3b --what forward --layers 2 --out runs/lowered
     python programs/lower.py qwen2:2.5-7b --mode block --mesh.fsdp 8 --mesh.tp 8   # one rank's part, Hcom operations
-    python programs/lower.py qwen2vl:2.5-72b --mesh.pp 16 --stage 3                # one stage of a pipeline
+    python programs/lower.py qwen2:tiny --mesh.pp 2 --mesh.tp 2 --stage 1          # one stage of a pipeline
 
 Prints operations lowered and failed (with the line of the family), GE operations with FLOPs, bytes and a roofline time
 on a 910B. Nothing of the model is allocated. The first run builds the environment .venv-ascend, in a minute.

@@ -35,7 +35,6 @@ def defined(cxx: str, *flags: str) -> bytes:
     return subprocess.run([cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True).stdout
 
 
-@torch.compiler.assume_constant_result
 def vectors() -> dict[str, bool]:
     """Inductor's option that the compiler has the vector instructions of this CPU, where it says so; else Inductor
     compiles and runs a program for each kind of them, which takes up to 15 s before anything else is compiled."""
@@ -46,7 +45,7 @@ def vectors() -> dict[str, bool]:
         known = defined(cxx, "-march=native") if cxx and here else b""
     except (subprocess.CalledProcessError, OSError):
         known = b""
-    return {"cpp.vec_isa_ok": True} if known and all(MACROS.get(k, "?").encode() in known for k in here) else {}
+    return {"cpp.vec_isa_ok": True} if known and all(k in MACROS and MACROS[k].encode() in known for k in here) else {}
 
 
 def build(cxx: str, machine: str = "native", *without: str) -> Path:
