@@ -7,12 +7,14 @@ what: what the forward computes, what the gradient of its input needs, what only
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfunc import jit, lower, tree
 from mmfunc.nn import chain
@@ -53,6 +55,53 @@ def names(loss: Loss, params: Tree, batch: Tree) -> list[str]:
         raise _Left(["embed", *(path or fn.__name__ for path, fn in found.steps(p, c)), "head"])
 
     return _inside(loss, part, params, batch)
+
+
+class _Touched(TorchDispatchMode):
+    """Calls see(tensor) for each tensor that an operation reads."""
+
+    def __init__(self, see: Callable):
+        super().__init__()
+        self.see = see
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        for t in torch.utils._pytree.tree_leaves((args, kwargs)):
+            self.see(t)
+        return op(*args, **kwargs or {})
+
+
+def touched(loss: Loss, params: Tree, batch: Tree) -> list[set[str]]:
+    """The parameters that each part of names() may read, found by running the loss once on shapes.
+
+    To trace every part with all parameters as inputs costs the square of the number of layers.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fresh = lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) \
+            if isinstance(t, Tensor) else t
+        params, batch = tree.map(fresh, params), tree.map(fresh, batch)
+        known = {id(t): n for n, t in tree.flatten(params).items()}
+        found: dict[int | None, set[str]] = {None: set()}  # None: read outside of the Chain, where every part passes
+        number, now = count(), [None]
+
+        def see(t: Any) -> None:
+            if id(t) in known:
+                found[now[-1]].add(known[id(t)])
+
+        def wrap(fn: Callable) -> Callable:
+            def run(*args: Any) -> Any:
+                now.append(next(number))
+                found[now[-1]] = set()
+                out = fn(*args)
+                tree.map(see, out)  # a parameter may flow on as it is
+                now.pop()
+                return out
+
+            return run
+
+        with _Touched(see), torch.no_grad():
+            _inside(loss, lambda *args: chain.whole(wrap, wrap)(*args, None), params, batch)
+    always = found.pop(None)
+    return [found[i] | always for i in sorted(found)]
 
 
 def advance(loss: Loss, lo: int, hi: int, wrap: Callable, p: Tree, flow: Tree, batch: Tree) -> Tree:
@@ -115,16 +164,16 @@ class Part:
 def trace(loss: Loss, params: Tree, batch: Tree, trained: set[str]) -> list[Part]:
     """Each part of names(), from shapes only."""
     parts, flow = [], NOTHING
-    count = len(names(loss, params, batch))
-    for i in range(count):
-        def forward(p: Tree, sent: dict, batch: Tree, flow: Flow = flow, i: int = i) -> tuple[Tree, dict]:
+    flat = tree.flatten(params)
+    for i, reads in enumerate(touched(loss, params, batch)):
+        def forward(p: dict, sent: dict, batch: Tree, flow: Flow = flow, i: int = i) -> tuple[Tree, dict]:
             with torch.enable_grad():
-                p = tree.unflatten({n: live(t, n in trained) for n, t in tree.flatten(p).items()}, p)
+                p = tree.unflatten(flat | {n: live(t, n in trained) for n, t in p.items()}, params)
                 sent = {n: live(t, n in flow.slopes) for n, t in sent.items()}
                 out = advance(loss, i, i + 1, lambda fn: fn, p, flow.tree(sent, batch), batch)
             return out, {n: t.requires_grad for n, t in tree.flatten(out).items() if isinstance(t, Tensor)}
 
-        parts.append(_part(jit.jit(forward), (params, flow.tensors, batch)))
+        parts.append(_part(jit.jit(forward), ({n: flat[n] for n in flat if n in reads}, flow.tensors, batch)))
         flow = parts[-1].out
     wanted = ["loss"]
     for part in reversed(parts):  # what is read behind a part is known from behind
@@ -213,13 +262,15 @@ def stage(loss: Loss, params: Tree, batch: Tree, parts: list[Part], lo: int, hi:
     """Parts lo to hi of a loss, from shapes only."""
     come, go = parts[lo - 1].out if lo else NOTHING, parts[hi - 1].out
     own = sorted(set().union(*(p.reads for p in parts[lo:hi])) & trained)
+    whole = tree.flatten(params)
+    given = {n for part in parts[lo:hi] for k, n in part.inputs.values() if k == 0}
     wrap = (lambda fn: jit.remat(fn, how.remat)) if how.remat else lambda fn: fn
 
-    def joint(p: Tree, sent: dict, batch: Tree, slopes: dict) -> dict[str, dict]:
+    def joint(p: dict, sent: dict, batch: Tree, slopes: dict) -> dict[str, dict]:
         with torch.enable_grad():
-            flat = {n: live(t, n in own) for n, t in tree.flatten(p).items()}
+            flat = {n: live(t, n in own) for n, t in p.items()}
             sent = {n: live(t, n in come.slopes) for n, t in sent.items()}
-            out = advance(loss, lo, hi, wrap, tree.unflatten(flat, p), come.tree(sent, batch), batch)
+            out = advance(loss, lo, hi, wrap, tree.unflatten(whole | flat, params), come.tree(sent, batch), batch)
             out = {n: t.contiguous() for n, t in tree.flatten(out).items() if n in go.live}
             ins = [sent[n] for n in come.back] + [flat[n] for n in own]
             with lower.backward():
@@ -230,7 +281,8 @@ def stage(loss: Loss, params: Tree, batch: Tree, parts: list[Part], lo: int, hi:
         return {"out": out, "in": dict(zip(come.back, found)),
                 "params": dict(zip(own, found[len(found) - len(own) :]))}
 
-    args = params, {n: come.tensors[n] for n in come.live}, batch, {n: go.tensors[n] for n in go.back}
+    args = {n: whole[n] for n in whole if n in given}, {n: come.tensors[n] for n in come.live}, batch, \
+        {n: go.tensors[n] for n in go.back}
     low = jit.jit(joint).lower(*args)
     inputs, ends = _ends(low, args)
     results = [{(k, n): v for n, v in ends[k].items()} for k in ("out", "in", "params")]
