@@ -152,8 +152,7 @@ class _Run:
 
     def go(self) -> Iterator[None]:
         """All actions; yields where they wait for another rank of this process."""
-        weights = {(0, n): t for n, t in self.params.items()}
-        given = [weights | {(2, n): t for n, t in tree.flatten(b).items()} for b in self.batches]
+        given = [stages.given(self.params, b) for b in self.batches]
         for a in self.pipe.table(len(self.batches))[self.rank]:
             stage = self.pipe.stage(a.stage, self.batches[a.micro])
             if a.kind in schedule.PEERS:

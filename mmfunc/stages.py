@@ -247,6 +247,11 @@ class Stage:
         return {k: t for k, t in zip(piece.gives, out) if isinstance(k, tuple)}
 
 
+def given(params: Tree, batch: Tree) -> dict[tuple[int, str], Tensor]:
+    """Parameters and a batch as the pieces of a Stage are given them."""
+    return {(k, n): t for k, part in ((0, params), (2, batch)) for n, t in tree.flatten(part).items()}
+
+
 @dataclass(frozen=True)
 class How:
     """How stages are made."""
@@ -263,7 +268,7 @@ def stage(loss: Loss, params: Tree, batch: Tree, parts: list[Part], lo: int, hi:
     come, go = parts[lo - 1].out if lo else NOTHING, parts[hi - 1].out
     own = sorted(set().union(*(p.reads for p in parts[lo:hi])) & trained)
     whole = tree.flatten(params)
-    given = {n for part in parts[lo:hi] for k, n in part.inputs.values() if k == 0}
+    read = {n for part in parts[lo:hi] for k, n in part.inputs.values() if k == 0}
     wrap = (lambda fn: jit.remat(fn, how.remat)) if how.remat else lambda fn: fn
 
     def joint(p: dict, sent: dict, batch: Tree, slopes: dict) -> dict[str, dict]:
@@ -281,7 +286,7 @@ def stage(loss: Loss, params: Tree, batch: Tree, parts: list[Part], lo: int, hi:
         return {"out": out, "in": dict(zip(come.back, found)),
                 "params": dict(zip(own, found[len(found) - len(own) :]))}
 
-    args = {n: whole[n] for n in whole if n in given}, {n: come.tensors[n] for n in come.live}, batch, \
+    args = {n: whole[n] for n in whole if n in read}, {n: come.tensors[n] for n in come.live}, batch, \
         {n: go.tensors[n] for n in go.back}
     low = jit.jit(joint).lower(*args)
     inputs, ends = _ends(low, args)

@@ -44,7 +44,7 @@ import tyro
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmfunc import example, jit, models, parts, relay, shard, tree
+from mmfunc import example, jit, models, parts, relay, shard, stages, tree
 from mmfunc.kernels import npu
 from mmfunc.kernels.ge import cost, lowering
 
@@ -97,7 +97,7 @@ def pass_stage(a: Args, loss: Callable, params: tree.Tree, batch: tree.Tree) -> 
     if not 0 <= a.stage < len(pipe.place):
         raise ValueError(f"--stage {a.stage}: the stages are 0 to {len(pipe.place) - 1}")
     stage = pipe.stage(a.stage, batch)
-    given = {(k, n): t for k, part in ((0, params), (2, batch)) for n, t in tree.flatten(part).items()}
+    given = stages.given(params, batch)
     env = {(1, n): stage.come.tensors[n] for n in stage.come.live}
     for kind in stage.pieces if a.what == "train" else ["forward"]:
         stage.run(kind, env, given)
@@ -122,7 +122,8 @@ def lower(a: Args) -> tuple[lowering.Record, cost.Cost]:
 
     declared, put = family.params(c), lambda shape, dtype: torch.empty(shape, dtype=dtype, device="npu:0")
     with lowering.rank(a.mesh) if a.mesh.world > 1 else nullcontext() as net, shard.use(net, declared), \
-            npu.using(a.kernels), lowering.offline(run) as record, FakeTensorMode(allow_non_fake_inputs=True):
+            npu.using(a.kernels), lowering.offline(run) as record, FakeTensorMode(allow_non_fake_inputs=True), \
+            nullcontext() if a.mode == "whole" else lowering.Singly(record):
         specs = shard.using().layers[""].specs if net else {}
         shape = lambda n, p: parts.local(specs[n], specs[n].store, net) if net else p.shape
         flat = {n: put(shape(n, p), DTYPES[a.dtype]) for n, p in tree.flatten(declared).items()}
@@ -144,7 +145,8 @@ def report(record: lowering.Record, total: cost.Cost) -> str:
     if total.undeclared:
         rows.append(f"dtypes that torchair's table lacks, to look up in CANN's: {', '.join(sorted(total.undeclared))}")
     done, lost = sum(record.converted.values()), sum(map(len, record.failed.values()))
-    rows.append(f"{len(record.graphs)} graphs; {done} operations of FX lowered, {lost} failed")
+    single = f", {record.single} of them one operation outside of what is compiled" if record.single else ""
+    rows.append(f"{len(record.graphs)} graphs{single}; {done} operations of FX lowered, {lost} failed")
     for op, places in record.failed.items():
         for (where, why), n in Counter(places).items():
             rows.append(f"  failed: {op} x{n} at {where}: {why}")

@@ -16,7 +16,7 @@ import meshes
 import torch
 from lowered import X, moved, on_npu, step
 
-from mmfunc import jit, models, nn, relay, tree
+from mmfunc import jit, models, nn, relay, stages, tree
 from mmfunc.kernels import ascend, ascend_ops
 from mmfunc.kernels import npu as fused
 from mmfunc.kernels.ge import lowering, operations
@@ -95,7 +95,7 @@ def test_pipelines():
     torch._dynamo.reset()
     pipe = relay.pipeline(loss, moved(p, "npu"), {}, moved(b, "npu"), 2, backend="npu")
     first, last = (pipe.stage(s, moved(b, "npu")) for s in range(2))
-    given = {(k, n): t for k, part in ((0, p), (2, b)) for n, t in tree.flatten(moved(part, "npu")).items()}
+    given = stages.given(moved(p, "npu"), moved(b, "npu"))
     with lowering.simulated() as record:
         early, late = {}, {}
         out = first.run("forward", early, given)

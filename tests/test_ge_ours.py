@@ -1,8 +1,10 @@
 """What is ours in the lowering for Ascend NPUs, bugs seeded into it, what cannot be lowered, and the programs: `make
 test-ascend`, in .venv-ascend."""
+# ruff: noqa: E402  the path of the programs comes first
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,11 +16,15 @@ import pytest
 if importlib.util.find_spec("torch_npu") is None:
     pytest.skip("torch_npu is in an environment of its own: make test-ascend", allow_module_level=True)
 
+PROGRAM = Path(__file__).parent.parent / "programs" / "lower.py"
+sys.path.insert(0, str(PROGRAM.parent))
+
+import lower
 import torch
 from lowered import X, heads, on_npu, step
 from torch.nn import functional as F
 
-from mmfunc import doctor, jit, nn, tree
+from mmfunc import doctor, jit, nn, shard, tree
 from mmfunc.kernels import ascend, ascend_attention
 from mmfunc.kernels import npu as fused
 from mmfunc.kernels.ge import backend, converters, cost, interpreter, lowering
@@ -224,8 +230,7 @@ def test_unknown_operations_are_failures():
 
 def test_the_program(tmp_path):
     """The graphs are written, and can be read again."""
-    program = Path(__file__).parent.parent / "programs" / "lower.py"
-    done = subprocess.run([sys.executable, program, "qwen2:tiny", "--what", "forward", "--out", tmp_path], text=True,
+    done = subprocess.run([sys.executable, PROGRAM, "qwen2:tiny", "--what", "forward", "--out", tmp_path], text=True,
                           capture_output=True)
     assert done.returncode == 0 and ", 0 failed" in done.stdout, done.stdout + done.stderr
     assert "FlashAttentionScore" in done.stdout and 'type: "MatMul' in (tmp_path / "graph_0.pbtxt").read_text()
@@ -239,12 +244,21 @@ def test_the_program(tmp_path):
     ("--mesh.ring 2", 1, ("HcomAllToAllV", "Log")),
     ("--mesh.pp 2 --mesh.tp 2 --stage 1", 2, ("HcomAllReduce", "FlashAttentionScoreGrad"))])
 def test_the_program_on_a_mesh(flags, graphs, kinds):
-    """The first rank's part of a training step; block by block there are as many graphs as kinds of blocks."""
-    program = Path(__file__).parent.parent / "programs" / "lower.py"
-    done = subprocess.run([sys.executable, program, "qwen2:tiny", *flags.split()], text=True, capture_output=True)
-    assert done.returncode == 0 and f"\n{graphs} graphs;" in done.stdout and ", 0 failed" in done.stdout, (
-        done.stdout + done.stderr)
+    """The first rank's part of a training step; block by block there are as many graphs as kinds of blocks, and those
+    of what runs between them."""
+    done = subprocess.run([sys.executable, PROGRAM, "qwen2:tiny", *flags.split()], text=True, capture_output=True)
+    assert done.returncode == 0 and ", 0 failed" in done.stdout, done.stdout + done.stderr
+    said = re.search(r"\n(\d+) graphs(?:, (\d+) of them one operation outside of what is compiled)?;", done.stdout)
+    assert int(said[1]) - int(said[2] or 0) == graphs and bool(said[2]) == ("block" in flags), said[0]
     assert all(kind in done.stdout for kind in kinds), done.stdout
+
+
+@pytest.mark.parametrize("model, mesh", [("wan:tiny", {}), ("flux:tiny", {}), ("qwen2vl:tiny", {"tp": 2})])
+def test_a_model_in_blocks_has_the_operations_of_its_one_graph(model, mesh):
+    torch._dynamo.reset()
+    kinds = [lower.lower(lower.Args(model, mesh=shard.Mesh(**mesh), mode=mode)) for mode in ("whole", "block")]
+    (whole, one), (block, other) = ((record, set(total.count)) for record, total in kinds)
+    assert one == other and not whole.failed and not block.failed and whole.single == 0 < block.single
 
 
 def test_the_doctor(tmp_path, capsys):

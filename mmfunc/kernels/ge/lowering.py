@@ -12,18 +12,24 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 from google.protobuf import text_format
 from torch import Tensor
-from torch._guards import detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchair._ge_concrete_graph import fx2ge_converter
 from torchair.core import _torchair
 from torchair.ge._ge_graph import GeGraph
 
+from mmfunc import jit
 from mmfunc.kernels.ge import backend, interpreter, own
 from mmfunc.shard.mesh import Mesh, connect
+from mmfunc.signature import signature
+
+aten = torch.ops.aten
 
 
 @dataclass
@@ -34,6 +40,7 @@ class Record:
     converted: Counter = field(default_factory=Counter)  # operation: times
     failed: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # operation: (line of the program, why)
     expected: dict[str, dict[str, tuple]] = field(default_factory=dict)  # graph, name of a tensor: (shape, dtype) in FX
+    single: int = 0  # graphs among those, of one operation each (Singly)
 
     def texts(self) -> list[str]:
         """The graphs as text."""
@@ -113,6 +120,47 @@ def offline(run: Callable[[GeGraph, list[Tensor]], list[Tensor]]):
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield record
+
+
+# views, of which GE has operations that copy
+COPIES = {aten.expand.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+
+
+class Singly(TorchDispatchMode):
+    """Within, an operation outside of compiled graphs, which a device runs by itself, is lowered as a graph of its own.
+
+    So a program in parts has the types of operations that it has as one graph.
+    """
+
+    def __init__(self, record: Record):
+        super().__init__()
+        self.record = record
+        self.known: dict[str, jit.Jitted] = {}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether functions are compiled within."""
+        return True
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = op(*args, **kwargs or {})
+        leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs or {}))
+        given = {i: t for i, t in enumerate(leaves) if isinstance(t, Tensor)}
+        runs = given and all(t.device.type == "npu" for t in given.values()) and isinstance(out, (Tensor, tuple, list))
+        if TracingContext.try_get() or not runs or (_is_view(op) and op not in COPIES):
+            return out
+
+        def single(*tensors: Tensor) -> Any:
+            filled = dict(enumerate(leaves)) | dict(zip(given, tensors))
+            args, kwargs = torch.utils._pytree.tree_unflatten(list(filled.values()), spec)
+            return op(*args, **kwargs)
+
+        key = str((op, spec, *(i if i in given else x for i, x in enumerate(leaves)), signature([*given.values()])))
+        if key not in self.known:
+            self.known[key] = jit.jit(single, backend="npu")
+            self.record.single += 1
+        self.known[key](*given.values())
+        return out
 
 
 @contextmanager
