@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from mmfunc import checkpoint, data, jit, lora, metrics, models, optim, random, relay, report, shard, tasks, tree
+from mmfunc.profile import traced
 from mmfunc.tasks.language import Rows
 from mmfunc.tasks.pictures import Clips
 
@@ -57,6 +58,7 @@ class Args:
     remat: Literal["nothing", "attention", "dots"] | None = None  # what layers keep for the backward pass; None: all
     workers: int = 1  # loader processes; batches are the same for any number
     patience: float = 600  # seconds without progress, ten times as many for a first step, after which a rank is missing
+    profile: tuple[int, int] | None = None  # from which step of this run to before which to trace into profile/
     mesh: shard.Mesh = field(default_factory=shard.Mesh)  # ranks along each axis, which torchrun starts
     stages: relay.Plan = field(default_factory=relay.Plan)  # of layers along --mesh.pp
     questions: Path | None = None  # asked at each save, for the report: records, or a file of prompts to draw
@@ -113,7 +115,7 @@ def run(a: Args, job: shard.Job) -> int:
     task = tasks.of(a.model)
     family, c, source, step, state = start(a, task)
     # may be others when a run goes on
-    apart = "out", "workers", "save", "questions", "mesh", "stages", "patience", "device"
+    apart = "out", "workers", "save", "questions", "mesh", "stages", "patience", "device", "profile"
     meta = json.loads(json.dumps({k: v for k, v in asdict(a).items() if k not in apart}, default=str))
     found = checkpoint.restore(a.out / "checkpoints", state)
     if found:
@@ -132,7 +134,8 @@ def run(a: Args, job: shard.Job) -> int:
                 job.saved(n, saver.running)
 
         stream = _timed(data.stream(source, done, a.steps, a.workers), log, watch)
-        for number, micro, facts in job.steps(stream, done, save, ahead=a.backend != "eager"):
+        items = job.steps(stream, done, save, ahead=a.backend != "eager")
+        for number, micro, facts in traced(items, a.profile, out / "profile", a.device):
             micro, facts = _complete(source, number, micro, facts, log, watch)
             with log.time("compute"):
                 losses = []  # each micro-batch's part of the update's

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from mmfunc import bundle, generate, jit, pipeline, random, tree
+from mmfunc import bundle, generate, jit, pipeline, profile, random, tree
 from mmfunc.kernels.ge import lowering  # noqa: F401  loads torch_npu
 from mmfunc.models import flux, sd_vae, wan, wan_vae
 from mmfunc.recipes import Part
@@ -80,3 +80,8 @@ def test_sampling(kind, model, vae, frames):
         z = pipeline.sample(pipe, texts, texts if made.scale > 1 else None, shape, key=key, made=made)
         x = pipe.vae.family.decode(pipe.vae.params, pipe.vae.config, z)
         assert str(z.device) == str(x.device) == DEVICE
+
+
+def test_the_profiler_of_npus_is_there(tmp_path):
+    """With the names that mmfunc uses of it; no device has run it."""
+    assert callable(profile._npu(tmp_path).start)

@@ -109,6 +109,17 @@ def test_other_settings_and_bad_input_are_refused(run, tmp_path):
         train.main(args(root, tmp_path / "y", train="nowhere"))
 
 
+def test_a_profile_changes_nothing(run, tmp_path):
+    """The trace has the steps that were asked for, also of a run that ends within them."""
+    root, a = run
+    assert train.main(args(root, tmp_path / "a", profile=(4, 9))) == 0
+    assert kills.same(final(tmp_path / "a"), final(a.out))
+    events = json.loads((tmp_path / "a" / "profile" / "trace.json").read_text())["traceEvents"]
+    assert sum(e.get("name") == "aten::embedding" for e in events) == 2 and "aten::mm" in (tmp_path / "a" / "profile" / "ops.txt").read_text()
+    with pytest.raises(ValueError, match="--profile 3 3: a span is two numbers"):
+        train.main(args(root, tmp_path / "b", profile=(3, 3)))
+
+
 def test_a_run_that_blows_up_stops_with_code_4(run, tmp_path):
     root, _ = run
     assert train.main(args(root, tmp_path / "a", lr=1e30, steps=12, save=99)) == 4
