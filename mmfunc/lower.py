@@ -16,6 +16,7 @@ from torch.fx import Node, traceback
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfunc import shard, tree
 from mmfunc.kernels import cpu  # noqa: F401  its operations have their FLOPs in torch's table
@@ -135,6 +136,19 @@ class Lowered:
                 return self.shape(args, list(call(*[t for _, t in named(args) if isinstance(t, Tensor)])))
 
         return run
+
+
+class Seeing(TorchDispatchMode):
+    """Calls see(x) for each argument of each operation within."""
+
+    def __init__(self, see: Callable):
+        super().__init__()
+        self.see = see
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        for x in torch.utils._pytree.tree_leaves((args, kwargs)):
+            self.see(x)
+        return op(*args, **kwargs or {})
 
 
 def backward():

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfunc import jit, lower, tree
 from mmfunc.nn import chain
@@ -57,19 +56,6 @@ def names(loss: Loss, params: Tree, batch: Tree) -> list[str]:
     return _inside(loss, part, params, batch)
 
 
-class _Touched(TorchDispatchMode):
-    """Calls see(tensor) for each tensor that an operation reads."""
-
-    def __init__(self, see: Callable):
-        super().__init__()
-        self.see = see
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        for t in torch.utils._pytree.tree_leaves((args, kwargs)):
-            self.see(t)
-        return op(*args, **kwargs or {})
-
-
 def touched(loss: Loss, params: Tree, batch: Tree) -> list[set[str]]:
     """The parameters that each part of names() may read, found by running the loss once on shapes.
 
@@ -98,7 +84,7 @@ def touched(loss: Loss, params: Tree, batch: Tree) -> list[set[str]]:
 
             return run
 
-        with _Touched(see), torch.no_grad():
+        with lower.Seeing(see), torch.no_grad():
             _inside(loss, lambda *args: chain.whole(wrap, wrap)(*args, None), params, batch)
     always = found.pop(None)
     return [found[i] | always for i in sorted(found)]

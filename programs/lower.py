@@ -123,7 +123,7 @@ def lower(a: Args) -> tuple[lowering.Record, cost.Cost]:
     declared, put = family.params(c), lambda shape, dtype: torch.empty(shape, dtype=dtype, device="npu:0")
     with lowering.rank(a.mesh) if a.mesh.world > 1 else nullcontext() as net, shard.use(net, declared), \
             npu.using(a.kernels), lowering.offline(run) as record, FakeTensorMode(allow_non_fake_inputs=True), \
-            nullcontext() if a.mode == "whole" else lowering.Singly(record):
+            nullcontext() if a.mode == "whole" else lowering.Singly(record, partial(jit.jit, backend="npu")):
         specs = shard.using().layers[""].specs if net else {}
         shape = lambda n, p: parts.local(specs[n], specs[n].store, net) if net else p.shape
         flat = {n: put(shape(n, p), DTYPES[a.dtype]) for n, p in tree.flatten(declared).items()}

@@ -24,10 +24,8 @@ from torchair._ge_concrete_graph import fx2ge_converter
 from torchair.core import _torchair
 from torchair.ge._ge_graph import GeGraph
 
-from mmfunc import jit
 from mmfunc.kernels.ge import backend, interpreter, own
 from mmfunc.shard.mesh import Mesh, connect
-from mmfunc.signature import signature
 
 aten = torch.ops.aten
 
@@ -129,13 +127,14 @@ COPIES = {aten.expand.default, aten.split.Tensor, aten.split_with_sizes.default,
 class Singly(TorchDispatchMode):
     """Within, an operation outside of compiled graphs, which a device runs by itself, is lowered as a graph of its own.
 
-    So a program in parts has the types of operations that it has as one graph.
+    So a program in parts has the types of operations that it has as one graph. compiled makes a function of tensors one
+    that is compiled.
     """
 
-    def __init__(self, record: Record):
+    def __init__(self, record: Record, compiled: Callable):
         super().__init__()
-        self.record = record
-        self.known: dict[str, jit.Jitted] = {}
+        self.record, self.compiled = record, compiled
+        self.known: dict[str, Callable] = {}
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -155,9 +154,10 @@ class Singly(TorchDispatchMode):
             args, kwargs = torch.utils._pytree.tree_unflatten(list(filled.values()), spec)
             return op(*args, **kwargs)
 
-        key = str((op, spec, *(i if i in given else x for i, x in enumerate(leaves)), signature([*given.values()])))
+        like = {i: (t.shape, t.stride(), t.dtype) for i, t in given.items()}
+        key = str((op, spec, *(like.get(i, x) for i, x in enumerate(leaves))))
         if key not in self.known:
-            self.known[key] = jit.jit(single, backend="npu")
+            self.known[key] = self.compiled(single)
             self.record.single += 1
         self.known[key](*given.values())
         return out
