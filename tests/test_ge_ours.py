@@ -22,6 +22,7 @@ sys.path.insert(0, str(PROGRAM.parent))
 import lower
 import torch
 from lowered import X, heads, on_npu, step
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from mmfunc import doctor, jit, nn, shard, tree
@@ -177,6 +178,53 @@ def test_seeded_bugs_are_caught(name):
         by = caught(fn, p, X)
     print(f"\n{name}: caught by {by}", end="")
     assert by
+
+
+ROW, HEADS, WEIGHT = (1, 4096, 5120), (4096, 40, 128), (5120,)  # of Wan-14B; the weights are in float32
+FUSED = {  # what: (ours in Ascend C, torch_npu's operations, shapes)
+    "RMSNorm": (lambda x, w: ascend.norm(x, w)[0], lambda x, w: fused.rmsnorm(x, w.to(x.dtype), 1e-6), [ROW, WEIGHT]),
+    "add + RMSNorm": (lambda x, r, w: ascend.norm(x, w, None, r),
+                      lambda x, r, w: (fused.rmsnorm(s := x + r, w.to(x.dtype), 1e-6), s), [ROW, ROW, WEIGHT]),
+    "adaLN": (fused.own_adaln, lambda x, a, b: nn.modulate(F.layer_norm(x.float(), x.shape[-1:]), a, b),
+              [ROW, (1, 1, 5120), (1, 1, 5120)]),
+    "q/k norm + rope": (lambda x, w: ascend.rope(x, x[:, 0, :64].float(), w, halves=True),
+                        lambda x, w: fused.rotate(fused.rmsnorm(x, w.to(x.dtype), 1e-6), x[:, 0, :64].float()),
+                        [HEADS, (128,)]),
+    "SwiGLU": (lambda g, u: ascend.gate(g, u), lambda g, u: fused.glu(g, u, "silu"), [ROW, ROW]),
+    "GELU gate": (lambda g, u: ascend.gate(g, u, "gelu_tanh"), lambda g, u: F.gelu(g, approximate="tanh") * u, [ROW, ROW]),
+}
+
+
+def moved_bytes(fn, shapes):
+    """Bytes that operations of a function and its gradients read and write, by shapes."""
+    def both(*tensors):
+        with torch.enable_grad():
+            live = [t.detach().requires_grad_() for t in tensors[1:]]
+            out = fn(*live)
+            out = out if isinstance(out, tuple) else (out,)
+            return [t.detach() for t in out], torch.autograd.grad(out, live, [tensors[0]] * len(out))
+
+    total = cost.Cost()
+
+    def run(graph, inputs):
+        found, results = cost.cost(graph, inputs, record)
+        total.add(found)
+        return [torch.empty(t.shape, dtype=t.dtype, device="npu:0") for t in results]
+
+    torch._dynamo.reset()
+    with lowering.offline(run) as record, FakeTensorMode(allow_non_fake_inputs=True):
+        dtype = lambda shape: torch.float32 if shape[0] == shape[-1] or shape[:2] == (1, 1) else torch.bfloat16
+        jit.jit(both, backend="npu")(*(torch.zeros(s, dtype=dtype(s), device="npu:0") for s in (shapes[0], *shapes)))
+    assert not record.failed, record.failed
+    return sum(total.bytes.values())
+
+
+def test_ours_move_less_than_separate_operations():
+    """Forward and gradients, in multiples of the tensor, next to what the operations of torch_npu would move."""
+    found = {name: [moved_bytes(fn, shapes) / (2 * 4096 * 5120) for fn in (ours, theirs)]
+             for name, (ours, theirs, shapes) in FUSED.items()}
+    print("\n" + "\n".join(f"{name:20} ours {a:5.1f}, torch_npu {b:5.1f} tensors moved" for name, (a, b) in found.items()))
+    assert all(a <= 1.05 * b for a, b in found.values()), found
 
 
 # ---- what cannot be
