@@ -197,12 +197,13 @@ def sparse(p: Tree, c: Any, x: Tensor, ctx: Tree) -> Tensor:
     """A layer of experts behind attention; ctx: room, and a list for what experts get, if it is to be known."""
     q, k, v = nn.qkv(p["self"], x, 6)
     x = x + nn.merge(p["self"], nn.attend(q, k, v))
-    weight, ids = router(p["router"], x)
+    rows = shard.enter(x, "mlp")
+    weight, ids = router(p["router"], rows)
     to = shard.routes(ids, 5, ctx["room"])
-    h = torch.relu(torch.bmm(shard.dispatch(x, to), p["up"].transpose(1, 2)))
-    y = shard.combine(shard.summed(torch.bmm(h, p["down"].transpose(1, 2)), "mlp"), to, weight)
+    h = torch.relu(torch.bmm(shard.dispatch(rows, to), p["up"].transpose(1, 2)))
+    y = shard.combine(torch.bmm(h, p["down"].transpose(1, 2)), to, weight)
     ctx.get("counts", []).append(to.counts.detach())
-    return x + y
+    return x + shard.leave(y, "mlp")
 
 
 EXPERTS = {"blocks": [{"self": nn.Attention(12, 2, 6), "router": nn.Linear(12, 5, "embed -> _"),

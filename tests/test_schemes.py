@@ -266,7 +266,7 @@ def mixture(layer, room: int | None = None):
     return loss, counts
 
 
-MIXED = {2: [shard.Mesh(ep=2), shard.Mesh(tp=2)],
+MIXED = {2: [shard.Mesh(ep=2), shard.Mesh(tp=2), shard.Mesh(tp=2, sequence=True)],
          4: [shard.Mesh(ep=4), shard.Mesh(ep=2, tp=2), shard.Mesh(ep=2, ulysses=2), shard.Mesh(fsdp=2, ep=2)]}
 
 
