@@ -1,8 +1,8 @@
-"""Differentiation, recomputation, and the parts of a program that jit compiles by themselves."""
+"""Differentiation and recomputation."""
 
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from functools import partial, wraps
+from contextlib import nullcontext
+from functools import partial
 from itertools import count
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from mmfunc import lower, tree
 from mmfunc.kernels import attention  # noqa: F401  registers mmfunc::keep and cpu_attention
-from mmfunc.nn import chain
+from mmfunc.nn.chain import apart
 from mmfunc.tree import Tree
 
 Policy = Literal["nothing", "attention", "dots", "everything"]
@@ -110,34 +110,3 @@ def remat(fn: Callable, policy: Policy) -> Callable:
         return out
 
     return run
-
-
-# ---- parts that the modes of jit compile by themselves
-
-_parts: list[dict[str, Callable]] = [{}]  # what stands in for a kind of part, while a jitted function runs in Python
-
-
-def apart(fn: Callable, kind: str) -> Callable:
-    """fn, or what stands in for it now."""
-    return fn if torch.compiler.is_compiling() else _parts[-1].get(kind, lambda f: f)(fn)
-
-
-def region(fn: Callable) -> Callable:
-    """fn as a part that is compiled by itself where the whole is not."""
-
-    @wraps(fn)
-    def run(*args: Any) -> Any:
-        return apart(fn, "region")(*args)
-
-    return run
-
-
-@contextmanager
-def standing_in(parts: dict[str, Callable], runner: Callable):
-    """Within, parts of these kinds are replaced, and Chains are run by runner."""
-    _parts.append(parts)
-    try:
-        with chain.running(runner):
-            yield
-    finally:
-        _parts.pop()

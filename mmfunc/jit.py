@@ -23,9 +23,10 @@ from torch._dynamo import exc
 from torch._dynamo.utils import counters
 
 from mmfunc import lower, tree
-from mmfunc.grad import Policy, region, remat, standing_in, value_and_grad
+from mmfunc.grad import Policy, remat, value_and_grad
 from mmfunc.kernels import native, wide
 from mmfunc.nn import chain
+from mmfunc.nn.chain import region, standing_in
 from mmfunc.signature import (
     CompileError,
     check_donated,
@@ -43,7 +44,6 @@ __all__ = ["CompileError", "Jitted", "flags", "jit", "region", "remat", "value_a
 
 Mode = Literal["whole", "split", "block"]
 Backend = Literal["inductor", "eager", "aot_eager", "npu"]
-
 
 OPTIONS = {  # of the backends
     # Inductor would move products that give gradients to a graph's end: with remat up to five times the memory

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mmfunc import shard, tree
-from mmfunc.grad import apart, value_and_grad
+from mmfunc.grad import value_and_grad
+from mmfunc.nn.chain import apart, region
 from mmfunc.tree import Tree
 
 Schedule = Callable[[Tensor], Tensor | float]
@@ -233,7 +234,8 @@ def apply(tx: Transform, grads: Tree, state: Tree, value: Tensor) -> tuple[Tree,
     kept = {n: tree.at(state["opt"], n) for n in flat}
     if tx.every > 1:
         flat = {n: kept[n]["sum"] + g for n, g in flat.items()}
-    norm = shard.squares(flat).sqrt()
+    each = {n: x for names in groups(list(flat)) for n, x in zip(names, _squares([flat[n] for n in names]))}
+    norm = shard.once(each).sqrt()
     finite = torch.isfinite(norm) & (torch.isfinite(value) | torch.tensor(tx.every > 1, device=value.device))
     ctx = {"step": state["step"] // tx.every - state["skipped"], "norm": norm, "apply": last & finite, "last": last}
     params, opt = {}, {}
@@ -258,6 +260,12 @@ def apply(tx: Transform, grads: Tree, state: Tree, value: Tensor) -> tuple[Tree,
         "skipped": new["skipped"],
         "in_a_row": new["in_a_row"],
     }
+
+
+@region
+def _squares(leaves: list[Tensor]) -> list[Tensor]:
+    """Sums of squares, in float32."""
+    return [t.float().square().sum() for t in leaves]
 
 
 def _updates(tx: Transform) -> Callable:

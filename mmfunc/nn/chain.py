@@ -1,11 +1,14 @@
-"""A network as a value: what a batch becomes, the steps it goes through, and what is read off at the end."""
+"""A network as a value: what a batch becomes, the steps it goes through, and what is read off at the end; and the parts
+of a program that jit compiles by themselves."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from itertools import takewhile
 from typing import Any
+
+import torch
 
 from mmfunc import shard
 from mmfunc.nn.conv import halving
@@ -77,3 +80,34 @@ def running(runner: Callable):
         yield
     finally:
         _runner.pop()
+
+
+# ---- parts that the modes of jit compile by themselves
+
+_parts: list[dict[str, Callable]] = [{}]  # what stands in for a kind of part, while a jitted function runs in Python
+
+
+def apart(fn: Callable, kind: str) -> Callable:
+    """fn, or what stands in for it now."""
+    return fn if torch.compiler.is_compiling() else _parts[-1].get(kind, lambda f: f)(fn)
+
+
+def region(fn: Callable) -> Callable:
+    """fn as a part that is compiled by itself where the whole is not."""
+
+    @wraps(fn)
+    def run(*args: Any) -> Any:
+        return apart(fn, "region")(*args)
+
+    return run
+
+
+@contextmanager
+def standing_in(parts: dict[str, Callable], runner: Callable):
+    """Within, parts of these kinds are replaced, and Chains are run by runner."""
+    _parts.append(parts)
+    try:
+        with running(runner):
+            yield
+    finally:
+        _parts.pop()

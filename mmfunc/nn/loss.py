@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mmfunc import shard
+from mmfunc.nn.chain import region
 
 
 def targets(labels: Tensor) -> Tensor:
@@ -45,27 +46,34 @@ def _words(weight: Tensor) -> Tensor:
     return words + shard.start(len(weight), "vocab") if shard.parts("vocab") else words
 
 
+@region
+def _total(x: Tensor, weight: Tensor, labels: Tensor, chunk: int, of_x: bool, of_weight: bool) -> tuple:
+    """The sum of the cross-entropies of x [N, D] against labels [N], and its gradients of x and weight, or None."""
+    total = x.new_zeros((), dtype=torch.float32)
+    dx = []
+    dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if of_weight else None
+    words = _words(weight)
+    for a in range(0, len(x), chunk):
+        part, target = x[a : a + chunk], labels[a : a + chunk]
+        loss, logits, norm, keep = _chunk(part, weight, target)
+        total = total + loss
+        slope = (logits - norm[:, None]).exp() - (words == target[:, None]).float()
+        slope = torch.where(keep[:, None], slope, 0.0).to(x.dtype)
+        if of_x:
+            dx.append(slope @ weight)
+        if dw is not None:
+            dw = dw + (slope.T @ part).float()
+        del logits, slope  # else they stay while the next ones are made
+    return total, torch.cat(dx) if dx else None, None if dw is None else dw.to(x.dtype)
+
+
 class _Loss(torch.autograd.Function):
     """Sum of the cross-entropies of x [N, D] against labels [N]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        total = x.new_zeros((), dtype=torch.float32)
-        dx = []
-        dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if ctx.needs_input_grad[1] else None
-        words = _words(weight)
-        for a in range(0, len(x), chunk):
-            part, target = x[a : a + chunk], labels[a : a + chunk]
-            loss, logits, norm, keep = _chunk(part, weight, target)
-            total = total + loss
-            slope = (logits - norm[:, None]).exp() - (words == target[:, None]).float()
-            slope = torch.where(keep[:, None], slope, 0.0).to(x.dtype)
-            if ctx.needs_input_grad[0]:
-                dx.append(slope @ weight)
-            if dw is not None:
-                dw = dw + (slope.T @ part).float()
-            del logits, slope  # else they stay while the next ones are made
-        ctx.save_for_backward(torch.cat(dx) if dx else x.new_zeros(0), x.new_zeros(0) if dw is None else dw.to(x.dtype))
+        total, *found = _total(x, weight, labels, chunk, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*(x.new_zeros(0) if t is None else t for t in found))
         return total
 
     @staticmethod
@@ -86,7 +94,8 @@ def cross_entropy(
     after = targets(labels).flatten()
     x, mine = shard.some(x.flatten(0, 1)), shard.some(after, fill=-100)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        total = _Loss.apply(x, weight, mine, chunk)
+        pieces = max(1, -(-len(x) // chunk))
+        total = _Loss.apply(x, weight, mine, max(1, -(-len(x) // pieces)))  # of equal size: the same compiled kernels
     else:
         total = sum(_chunk(x[a : a + chunk], weight, mine[a : a + chunk])[0] for a in range(0, len(x), chunk))
     total = shard.together(total)

@@ -3,8 +3,8 @@
 A router chooses k experts for each token. Every expert has room for as many tokens of each rank, so that shapes depend
 on declared sizes only (Lepikhin et al. 2020, arXiv:2006.16668); with room for all of them nothing is dropped.
 
-As with other maps whose hidden channels tp may divide, rows are entered before (`enter(x, "mlp")`, the router's too) and
-what experts made of them is left after combine (`leave(y, "mlp")`).
+As with other maps that tp may divide, rows are entered before (`enter(x, "mlp")`, the router's too), and
+what experts made of them is left behind combine (`leave(y, "mlp")`).
 """
 
 from typing import NamedTuple

@@ -190,15 +190,15 @@ def _missing(s: Spec, now: Use) -> tuple[str, ...]:
     return now.net.axes(tuple(a for a in ALL if a not in s.optimize.axes))
 
 
-def squares(grads: dict[str, Tensor]) -> Tensor:
-    """The sum of squares of gradients, each element counted once, 0-d float32."""
-    now, each = using(), [g.float().square().sum() for g in grads.values()]
+def once(each: dict[str, Tensor]) -> Tensor:
+    """The sum over ranks of 0-d float32 numbers of this rank's parts of leaves, those of copies counted once."""
+    now = using()
     if now is None:
-        return torch.stack(each).sum()
-    copies = [now.net.size(_missing(s, now)) * len(now.held.get(n, (0,))) for n, s in specs(grads).items()]
-    shares = [x / n if n > 1 else x for x, n in zip(each, copies)]  # none in a stage that is frozen
-    once = torch.stack(shares or [torch.zeros((), device=now.net.place.device)]).sum()
-    return psum(once, now.net.axes(AXES), now.net)
+        return torch.stack([*each.values()]).sum()
+    copies = [now.net.size(_missing(s, now)) * len(now.held.get(n, (0,))) for n, s in specs(each).items()]
+    shares = [x / n if n > 1 else x for x, n in zip(each.values(), copies)]  # none in a stage that is frozen
+    total = torch.stack(shares or [torch.zeros((), device=now.net.place.device)]).sum()
+    return psum(total, now.net.axes(AXES), now.net)
 
 
 def mine(flat: dict[str, Tensor]) -> dict[str, Tensor]:
