@@ -93,13 +93,31 @@ def _contexts(saved: tuple) -> tuple:
     return pair
 
 
+# AOT Autograd's cache of compiled code wants them by name, with a hash of what they do
+def _keep_nothing() -> tuple:
+    return _contexts(tuple(SAVED["nothing"]))
+
+
+def _keep_attention() -> tuple:
+    return _contexts(tuple(SAVED["attention"]))
+
+
+def _keep_dots() -> tuple:
+    return _contexts(tuple(SAVED["dots"]))
+
+
+_POLICIES = {"nothing": _keep_nothing, "attention": _keep_attention, "dots": _keep_dots}
+for _name, _function in _POLICIES.items():
+    _function.cache_hash = f"mmfunc.grad 1: {', '.join(map(str, SAVED[_name]))}"  # count up when _choose changes
+
+
 def remat(fn: Callable, policy: Policy) -> Callable:
     """fn, of whose intermediate results only what the policy names is kept for the backward pass; the rest is rerun."""
     if policy == "everything":
         return fn
     if policy not in SAVED:
         raise ValueError(f"the remat policy {policy!r} is unknown; there are {', '.join(SAVED)}, everything")
-    contexts = partial(_contexts, tuple(SAVED[policy]))
+    contexts = _POLICIES[policy]
 
     def run(*args: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -158,30 +158,29 @@ class Jitted:
     def _wrap(self, fn: Callable) -> Callable:
         return remat(fn, self.remat) if self.remat else fn
 
-    def _part(self, fn: Callable, wrap: bool = False) -> Callable:
+    def _part(self, fn: Callable, wrap: bool = False, dynamic: bool = False) -> Callable:
         """fn compiled by itself: once for its code, whatever the closure it is made anew with."""
         key = (_code(fn), wrap)
         if key not in self.memo:
-            self.memo[key] = self._torch(lambda fn, *args: (self._wrap(fn) if wrap else fn)(*args), _name(fn))
+            body = lambda fn, *args: (self._wrap(fn) if wrap else fn)(*args)
+            self.memo[key] = self._torch(body, _name(fn), dynamic=dynamic)
         return partial(self.memo[key], fn)
 
+    def _leaf(self, fn: Callable) -> Callable:
+        """fn of one leaf compiled by itself, once for all sizes, but on NPU, where graphs have fixed shapes."""
+        return self._part(fn, dynamic=self.backend != "npu")
+
     def _update(self, fn: Callable) -> Callable:
-        """fn, an update of leaves (optim.one), compiled by itself; of a donated state it writes into them at once."""
+        """fn, an update of a leaf (optim.one), compiled by itself; of a donated state it writes into it at once."""
         if not self.donate:
-            return self._part(fn)
+            return self._leaf(fn)
 
-        def body(fn: Callable, leaves: list, ctx: dict) -> None:
-            overwrite([leaf[:0:-1] for leaf in leaves], fn(leaves, ctx))
+        def update(fn: Callable, leaf: tuple, ctx: dict) -> None:
+            overwrite(leaf[:0:-1], fn(leaf, ctx))
 
-        def run(leaves: list, ctx: dict) -> list:
-            self.memo[key](fn, leaves, ctx)
-            return [leaf[:0:-1] for leaf in leaves]
+        return lambda leaf, ctx: self._leaf(update)(fn, leaf, ctx) or leaf[:0:-1]
 
-        key = (_code(fn), "update")
-        self.memo[key] = self.memo.get(key) or self._torch(body, "update")
-        return run
-
-    def _torch(self, fn: Callable, name: str, guards: Callable | None = None) -> Callable:
+    def _torch(self, fn: Callable, name: str, guards: Callable | None = None, dynamic: bool = False) -> Callable:
         if self.backend == "eager":
             return fn
         # compiled code is found by code object: each call of torch.compile gets one of its own
@@ -189,10 +188,10 @@ class Jitted:
         options = OPTIONS.get(self.backend, {}) | ({"guard_filter_fn": guards} if guards else {})
         options |= native.vectors() if self.backend == "inductor" else {}
         backend = _npu() if self.backend == "npu" else self.backend
-        return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend, options=options)
+        return torch.compile(fn, fullgraph=True, dynamic=dynamic, backend=backend, options=options)
 
     def _ambient(self) -> Any:
-        parts = {"region": self._part, "update": self._update}
+        parts = {"region": self._part, "leaf": self._leaf, "update": self._update}
         if self.mode == "block":
             return standing_in(parts, chain.whole(partial(self._part, wrap=True), self._part))
         parts = parts | {"loss": self._part} if self.mode == "split" else {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmfunc import shard, tree
 from mmfunc.grad import value_and_grad
-from mmfunc.nn.chain import apart, region
+from mmfunc.nn.chain import apart
 from mmfunc.tree import Tree
 
 Schedule = Callable[[Tensor], Tensor | float]
@@ -234,17 +234,14 @@ def apply(tx: Transform, grads: Tree, state: Tree, value: Tensor) -> tuple[Tree,
     kept = {n: tree.at(state["opt"], n) for n in flat}
     if tx.every > 1:
         flat = {n: kept[n]["sum"] + g for n, g in flat.items()}
-    each = {n: x for names in groups(list(flat)) for n, x in zip(names, _squares([flat[n] for n in names]))}
-    norm = shard.once(each).sqrt()
+    norm = shard.once({n: apart(_square, "leaf")(g) for n, g in flat.items()}).sqrt()
     finite = torch.isfinite(norm) & (torch.isfinite(value) | torch.tensor(tx.every > 1, device=value.device))
     ctx = {"step": state["step"] // tx.every - state["skipped"], "norm": norm, "apply": last & finite, "last": last}
     params, opt = {}, {}
     old = shard.mine(tree.flatten(state["params"]))
     run = apart((_updates if torch.compiler.is_compiling() else _known)(tx), "update")
-    for names in groups(list(flat)):
-        given = [(flat[n], kept[n], old[n]) for n in names]
-        for n, (p, k) in zip(names, run(given, ctx)):
-            params[n], opt[n] = p, k
+    for n, g in flat.items():
+        params[n], opt[n] = run((g, kept[n], old[n]), ctx)
     bad = last & ~finite
     like = state["params"]
     new = state | {"params": tree.unflatten(shard.stored(params), like), "opt": tree.unflatten(opt, like),
@@ -262,15 +259,14 @@ def apply(tx: Transform, grads: Tree, state: Tree, value: Tensor) -> tuple[Tree,
     }
 
 
-@region
-def _squares(leaves: list[Tensor]) -> list[Tensor]:
-    """Sums of squares, in float32."""
-    return [t.float().square().sum() for t in leaves]
+def _square(t: Tensor) -> Tensor:
+    """The sum of squares, in float32."""
+    return t.float().square().sum()
 
 
 def _updates(tx: Transform) -> Callable:
-    """The update of a group of leaves by tx."""
-    return lambda leaves, ctx: [one(tx, *leaf, ctx) for leaf in leaves]
+    """The update of a leaf by tx."""
+    return lambda leaf, ctx: one(tx, *leaf, ctx)
 
 
 _known = cache(_updates)  # one function for a transformation, so that a mode which compiles it by itself does so once
@@ -283,17 +279,6 @@ def one(tx: Transform, g: Tensor, kept: Tree, p: Tensor, ctx: dict) -> tuple[Ten
     if tx.every > 1:
         new["sum"] = torch.where(ctx["last"], 0.0, g)
     return torch.where(ctx["apply"], (p.float() + u).to(p.dtype), p), new
-
-
-def groups(names: list[str]) -> list[list[str]]:
-    """Names by layer: what stands under one element of a list, or under one name, goes together."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        parts, last = name.split(".")[:-1], 0
-        for i, part in enumerate(parts):  # no regular expression: this is traced
-            last = i if part.isdigit() else last
-        found.setdefault(".".join(parts[: last + 1] if last else parts), []).append(name)
-    return list(found.values())
 
 
 def rescaled(old: Tree, last: Tensor, finite: Tensor) -> tuple[Tree, Tensor]:
