@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._dynamo import config as dynamo
 from torch._dynamo import exc
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch
 
 from mmfunc import lower, tree
 from mmfunc.grad import Policy, remat, value_and_grad
@@ -60,10 +61,9 @@ def flags():
 
     Determinism costs a scatter-add here and there (embedding gradients without atomics); without it three runs of one
     program gave three results on CPU. Filling uninitialised memory with NaN, which torch couples to it, would cost a
-    pass over every new tensor. Autograd inside a graph is off by default in torch 2.13. The limits of recompilation
-    are wide because signatures are counted here, by name. On a mesh a block that a remat policy runs notes that it
-    runs and takes that back: an effect that leaves nothing, which torch would refuse.
-    """
+    pass over every new tensor. Off by default are autograd inside a graph and the cache for functions with a backward
+    of their own. Limits of recompilation are wide: signatures are counted here, by name. On a mesh a block that a remat
+    policy runs notes that it runs and takes that back, which torch would refuse."""
     was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     wanted = {"trace_autograd_ops": True, "recompile_limit": 256, "accumulated_recompile_limit": 4096,
               "skip_fwd_side_effects_in_bwd_under_checkpoint": True}
@@ -71,7 +71,8 @@ def flags():
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
-        with dynamo.patch({k: v for k, v in wanted.items() if hasattr(dynamo, k)}):
+        with (dynamo.patch({k: v for k, v in wanted.items() if hasattr(dynamo, k)}),
+              functorch.patch(autograd_cache_allow_custom_autograd_functions=True)):
             yield
     finally:
         torch.use_deterministic_algorithms(was[0])

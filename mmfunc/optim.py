@@ -2,8 +2,8 @@
 
 A transformation acts on one leaf at a time: init(name, parameter) says what it keeps for that leaf, and
 update(gradient, kept, parameter, ctx) gives the next gradient and what it keeps now. What needs all leaves at once, the
-global norm, is in ctx. So a whole chain is one fused pass over each leaf, and in block mode one compiled update serves
-all layers of equal structure. None for what is kept means that the transformation leaves this leaf alone.
+global norm, is in ctx. So a whole chain is one fused pass over each leaf, and where the whole step is no graph one
+compiled update serves all leaves. None for what is kept means that the transformation leaves this leaf alone.
 """
 
 import math
