@@ -74,11 +74,11 @@ def made(library: str, family: Any, c: Any) -> torch.nn.Module:
 # ---- training
 
 
-def trained(check: Any, loss: Callable, params: tree.Tree, frozen: tree.Tree, batch: dict) -> Work:
-    """Our step as programs/train.py makes it with --remat dots."""
+def trained(check: Any, loss: Callable, params: tree.Tree, frozen: tree.Tree, batch: dict, mode: str) -> Work:
+    """Our step as programs/train.py makes it with --remat dots, in the mode that is faster (FLUX: whole)."""
     tx = optim.chain(optim.adamw(), optim.decay(0.01, lambda n, t: True), optim.scale(1e-4))
     state = optim.init(tx, low(params), None if frozen is None else low(frozen))
-    step = jit.jit(partial(optim.step, loss, tx), donate=True, remat="dots")
+    step = jit.jit(partial(optim.step, loss, tx), mode, donate=True, remat="dots")
     return Work(check, lambda: step(state, batch)[1]["loss"].item(), lambda: step.lower(state, batch),
                 tree.nbytes(state))
 
@@ -113,7 +113,7 @@ def w1(peer: str) -> Work:
         loss, part = lambda p, b: qwen2vl.loss(p, VLM, b), tree.select(p, "^(?!vision)")
         with torch.no_grad():
             check = loss(p, ready)
-        return trained(check, loss, part, tree.without(p, part), ready)
+        return trained(check, loss, part, tree.without(p, part), ready, "block")
     more = {"mm_token_type_ids": (ids == 16000).int()}
     with torch.no_grad():
         check = ref(**batch, **more).loss
@@ -144,7 +144,7 @@ def velocity(peer: str, family: Any, c: Any, batch: dict, run: Callable, layout:
         p, loss = loaded(family, c, ref), lambda p, b: family.loss(p, c, b)
         with torch.no_grad():
             check = loss(p, batch)
-        return trained(check, loss, p, None, half)
+        return trained(check, loss, p, None, half, "whole" if family is flux else "block")
 
     def error(model: Any, b: dict) -> torch.Tensor:
         t = b["t"].view(-1, *[1] * (b["latents"].ndim - 1))
