@@ -3,7 +3,7 @@
 import torch
 
 from mmfunc import jit, nn, tree
-from mmfunc.kernels.ge import lowering
+from mmfunc.kernels.ge import cost, lowering
 
 X = torch.ones(4, 6)
 
@@ -22,6 +22,21 @@ def on_npu(fn, *args, **how):
     with lowering.simulated() as record:
         out = jit.jit(fn, backend="npu", **how)(*moved(args, "npu"))
     return moved(out, "cpu"), record
+
+
+def shapes_of(fn, *args, **how):
+    """(what it costs, Record) of a function that torchair lowered; nothing is computed."""
+    total = cost.Cost()
+
+    def run(graph, inputs):
+        found, results = cost.cost(graph, inputs, record)
+        total.add(found)
+        return [torch.empty(t.shape, dtype=t.dtype).to("npu") for t in results]
+
+    torch._dynamo.reset()
+    with lowering.offline(run) as record:
+        jit.jit(fn, backend="npu", **how)(*moved(args, "npu"))
+    return total, record
 
 
 def heads(p, **masks):
