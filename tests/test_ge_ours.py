@@ -287,13 +287,13 @@ def test_the_program(tmp_path):
 
 
 @pytest.mark.parametrize("flags, graphs, kinds", [
-    ("--mode block --kernels mmfunc --mesh.fsdp 2 --mesh.ulysses 2", 6,
+    ("--mode block --kernels mmfunc --mesh.fsdp 2 --mesh.ulysses 2", 7,
      ("HcomAllToAllV", "HcomReduceScatter", "MmfuncAttentionBackward")),
     ("--mesh.ring 2", 1, ("HcomAllToAllV", "Log")),
     ("--mesh.pp 2 --mesh.tp 2 --stage 1", 2, ("HcomAllReduce", "FlashAttentionScoreGrad"))])
 def test_the_program_on_a_mesh(flags, graphs, kinds):
-    """The first rank's part of a training step; block by block there are as many graphs as kinds of blocks, and those
-    of what runs between them."""
+    """The first rank's part of a training step; block by block there are two graphs for each kind of block, one
+    for the loss, and those of what runs between them."""
     done = subprocess.run([sys.executable, PROGRAM, "qwen2:tiny", *flags.split()], text=True, capture_output=True)
     assert done.returncode == 0 and ", 0 failed" in done.stdout, done.stdout + done.stderr
     said = re.search(r"\n(\d+) graphs(?:, (\d+) of them one operation outside of what is compiled)?;", done.stdout)
