@@ -45,7 +45,7 @@ __all__ = ["CompileError", "Jitted", "flags", "jit", "region", "remat", "value_a
 
 Mode = Literal["whole", "split", "block"]
 Backend = Literal["inductor", "eager", "aot_eager", "npu"]
-
+CACHED = ["autograd_cache_allow_custom_autograd_functions"]  # where torch has it
 OPTIONS = {  # of the backends
     # Inductor would move products that give gradients to a graph's end: with remat up to five times the memory
     "inductor": {"reorder_for_locality": False,
@@ -72,7 +72,7 @@ def flags():
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         with (dynamo.patch({k: v for k, v in wanted.items() if hasattr(dynamo, k)}),
-              functorch.patch(autograd_cache_allow_custom_autograd_functions=True)):
+              functorch.patch({k: True for k in CACHED if hasattr(functorch, k)})):
             yield
     finally:
         torch.use_deterministic_algorithms(was[0])
