@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmfunc import diffusion, jit, prompts, random, recipes, sampler, tree
+from mmfunc import diffusion, jit, prompts, random, recipes, sampler, teacache, tree
 from mmfunc.bundle import PARTS, Part, Pipeline, adapted, defaults, export, load, scratch
 from mmfunc.sampler import Table
 from mmfunc.tree import Tree
@@ -199,17 +199,20 @@ class Plan:
     table: Table
     scale: float  # of classifier-free guidance; 1: none
     guidance: float | None  # where it is an input of the model
-    call: Callable  # (params, x, time, cond, uncond) -> velocity
+    call: Callable | teacache.Parts  # (params, x, time, cond, uncond, scale) -> velocity
+    reuse: float = 0.0  # threshold of teacache; 0: all is computed
 
 
 def plan(pipe: Pipeline, size: Sequence[int], *, steps: int | None = None, guidance: float | None = None,
          true_guidance: float = 1.0, shift: float | None = None, mu: float | None = None, solver: str | None = None,
-         strength: float | None = None, backend: jit.Backend = "eager") -> Plan:
+         strength: float | None = None, reuse: float = 0.0, backend: jit.Backend = "eager") -> Plan:
     """How to sample latents of a size [..., (T,) Y, X]; what is not given is as the pipeline has it.
 
     guidance: classifier-free, or the model's input, then true_guidance is classifier-free. shift or mu: of the times,
     in place of the scheduler's. solver: another sampler of flows. strength: the share of steps when latents are given.
+    reuse: threshold of teacache.
     """
+    teacache.check(reuse)
     recipe, said, c = recipes.of(pipe.kind), defaults(pipe), pipe.transformer.config
     if recipe.embedded and not c.guidance and guidance:
         raise ValueError(f"guidance is {guidance}, but this model has none: leave it out")
@@ -221,10 +224,11 @@ def plan(pipe: Pipeline, size: Sequence[int], *, steps: int | None = None, guida
         predict = lambda x, time, cond: pipe.transformer.family.predict(p, c, x, time, cond)
         return predict(x, time, cond) if uncond is None else sampler.guided(predict, x, time, cond, uncond, scale)
 
-    run = call if backend == "eager" else jit.jit(call, backend=backend, buckets=8)
+    wrap = (lambda fn: fn) if backend == "eager" else partial(jit.jit, backend=backend, buckets=8)
+    run = teacache.parts(call, wrap) if reuse else wrap(call)
     if recipe.embedded:
-        return Plan(table, true_guidance, given if c.guidance else None, run)
-    return Plan(table, given, None, run)
+        return Plan(table, true_guidance, given if c.guidance else None, run, reuse)
+    return Plan(table, given, None, run, reuse)
 
 
 def _table(pipe: Pipeline, steps: int, tokens: int, strength: float | None, shift: float | None, mu: float | None,
@@ -253,12 +257,13 @@ def _table(pipe: Pipeline, steps: int, tokens: int, strength: float | None, shif
 @torch.no_grad()
 def sample(pipe: Pipeline, cond: Tree, uncond: Tree | None, noise: Tensor | Sequence[int], *, key: Tensor | None = None,
            start: tuple[Tensor, float] | None = None, made: Plan | None = None,
-           tell: Callable[[int, int], None] | None = None, **how: Any) -> Tensor:
+           tell: Callable[[int, int], None] | None = None, count: dict[str, int] | None = None, **how: Any) -> Tensor:
     """Latents from noise [B, C, (T,) Y, X], or from a shape and a key, float32.
 
     cond, uncond: what the transformer reads besides (texts, conditions, image_latents); what uncond lacks it has from
     cond. key: [2], or [B, 2] with one for each sample. start: (latents, strength) to begin with. made: a plan, else how
-    says what plan() takes. tell gets (steps done, of how many).
+    says what plan() takes. tell gets (steps done, of how many). count: a dict that gets how many calls of the model
+    were computed and reused.
     """
     if not isinstance(noise, Tensor):
         if key is None:
@@ -274,14 +279,21 @@ def sample(pipe: Pipeline, cond: Tree, uncond: Tree | None, noise: Tensor | Sequ
     if made.scale > 1 and uncond is None:
         raise ValueError(f"guidance {made.scale} needs the features of a negative prompt, such as texts(pipe, [''])")
     uncond = cond | uncond if made.scale > 1 else None
-    done: list[int] = []
+    n, state = len(made.table), teacache.init()
 
     def predict(x: Tensor, time: Tensor) -> Tensor:
-        y = made.call(part.params, x, time, cond, uncond, made.scale)
-        done.append(1)
+        nonlocal state
+        args, done = (part.params, x, time, cond, uncond, made.scale), state["computed"] + state["reused"] + 1
+        if made.reuse:
+            y, state = teacache.step(made.call, made.reuse, state, args, compute=done == n)
+        else:
+            y, state = made.call(*args), state | {"computed": done}
         if tell:
-            tell(len(done), len(made.table))
+            tell(done, n)
         return y
 
     with jit.flags():
-        return sampler.sample(predict, made.table, noise, latents=start and start[0], key=key)
+        z = sampler.sample(predict, made.table, noise, latents=start and start[0], key=key)
+    if count is not None:
+        count |= {k: state[k] for k in ("computed", "reused")}
+    return z

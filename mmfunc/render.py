@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfunc import gallery, media, pipeline, random, recipes, shard, tree
+from mmfunc import gallery, media, pipeline, random, recipes, shard, teacache, tree
 from mmfunc.pipeline import Pipeline
 
 INPUTS = "image", "video"
-HOW = "steps", "guidance", "true_guidance", "shift", "solver", "backend"  # of pipeline.plan
+HOW = "steps", "guidance", "true_guidance", "shift", "solver", "reuse", "backend"  # of pipeline.plan
 
 
 def task(pipe: Pipeline, prompt: str, **given: Any) -> dict[str, Any]:
@@ -64,6 +64,7 @@ def _digest(path: str) -> str:
 def check(pipe: Pipeline, t: dict[str, Any]) -> None:
     """What cannot be made is a ValueError before anything runs."""
     recipe = recipes.of(pipe.kind)
+    teacache.check(t.get("reuse") or 0)
     if odd := [n for n in ("frames", "fps") if n in t and n not in pipeline.defaults(pipe)]:
         raise ValueError(f"{pipe.kind} makes pictures; they have no {' and no '.join(odd)}")
     pipeline.shape(pipe, t["height"], t["width"], t.get("frames"))
@@ -87,9 +88,10 @@ def check(pipe: Pipeline, t: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def make(pipe: Pipeline, t: dict[str, Any], plans: dict | None = None,
-         tell: Callable[[int, int], None] | None = None, *, strict: bool | None = False) -> Tensor:
+         tell: Callable[[int, int], None] | None = None, *, strict: bool | None = False,
+         count: dict[str, int] | None = None) -> Tensor:
     """Pixels [3, (T,) Y, X] of a task, on the CPU; plans: a dict that keeps what was compiled for other tasks; strict:
-    of prompts that are too long, as pipeline.texts takes it."""
+    of prompts that are too long, as pipeline.texts takes it; count: as pipeline.sample takes it."""
     check(pipe, t)
     recipe, plans = recipes.of(pipe.kind), {} if plans is None else plans
     device = tree.leaves(pipe.transformer.params)[0].device
@@ -111,7 +113,8 @@ def make(pipe: Pipeline, t: dict[str, Any], plans: dict | None = None,
     how = {k: t[k] for k in HOW if t.get(k) is not None} | {"strength": t.get("strength") if start else None}
     kind = json.dumps([size, how])
     plans[kind] = plans.get(kind) or pipeline.plan(pipe, size, **how)
-    z = pipeline.sample(pipe, cond, uncond, size, key=key[None], start=start, made=plans[kind], tell=tell)
+    z = pipeline.sample(pipe, cond, uncond, size, key=key[None], start=start, made=plans[kind], tell=tell,
+                        count=count)
     return pipeline.pixels(pipe, z, names=[f"prompt {t['prompt']!r} with seed {t['seed']}"], **tile)[0].cpu()
 
 
@@ -140,8 +143,10 @@ def show(folder: Path, pipe: Pipeline, tasks: Sequence[dict], *, step: int = 0, 
     def one(item: tuple[dict, str]) -> dict:
         t, name = item
         stem = folder / f"step-{step:06d}" / name if step else folder / name
-        file = gallery.save(stem, make(pipe, t, plans, strict=None), t | (said or {}), t.get("fps", 16))
-        return {"step": step, "prompt": t["prompt"], "seed": t["seed"], "file": str(file.relative_to(folder))}
+        count: dict[str, int] = {}
+        file = gallery.save(stem, make(pipe, t, plans, strict=None, count=count), t | (said or {}), t.get("fps", 16))
+        row = {"step": step, "prompt": t["prompt"], "seed": t["seed"], "file": str(file.relative_to(folder))}
+        return row | (count if t.get("reuse") else {})
 
     for i, row in enumerate(each(one, list(zip(tasks, gallery.names([t["prompt"] for t in tasks]))))):
         rows.append(row)

@@ -41,6 +41,7 @@ class Args:
     true_guidance: float | None = None  # classifier-free, of models that read guidance as a number
     shift: float | None = None  # of the times; else the scheduler's
     solver: str | None = None  # unipc, dpm, flow_euler, flow_heun; else the scheduler's
+    reuse: float | None = None  # caching threshold (TeaCache), as 0.1: faster, not the same; 0 or none: off
     references: Literal["trained", "own"] | None = None  # sizes of the images that Kontext looks at
     tile: int | None = None  # pixels of a square that the VAE works on at once; all unless given
     seed: int = 0  # of the first sample; each further one has one more
@@ -70,7 +71,7 @@ def tasks(a: Args, pipe: pipeline.Pipeline) -> list[dict]:
     """A task for each sample of each prompt."""
     size = dict(zip(("height", "width"), map(int, a.size.lower().split("x")))) if a.size else {}
     names = ("negative", "image", "video", "strength", "frames", "fps", "steps", "guidance", "true_guidance", "shift",
-             "solver", "references", "tile", "backend")
+             "solver", "reuse", "references", "tile", "backend")
     given = {n: getattr(a, n) for n in names} | size
     asked = [(r, r.get("seed", a.seed + i * a.repeat) + n) for i, r in enumerate(rows(a)) for n in range(a.repeat)]
     return [render.task(pipe, **given | r | {"seed": seed}) for r, seed in asked]
@@ -98,7 +99,8 @@ def run(a: Args, job: shard.Job) -> None:
 
     def tell(i: int, row: dict) -> None:
         spent = time.perf_counter() - start
-        print(f"{i + 1}/{len(todo)}  seed {row['seed']}  {row['file']}  {spent:.1f} s, "
+        calls = f"{row['computed']} calls computed, {row['reused']} reused  " if "reused" in row else ""
+        print(f"{i + 1}/{len(todo)}  seed {row['seed']}  {row['file']}  {calls}{spent:.1f} s, "
               f"ETA {spent / (i + 1) * (len(todo) - i - 1):.0f} s", flush=True)
 
     render.show(a.out, pipe, todo, said=source | {"versions": metrics.versions()}, tell=tell,

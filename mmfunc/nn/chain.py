@@ -82,6 +82,11 @@ def running(runner: Callable):
         _runner.pop()
 
 
+def current() -> Callable:
+    """What runs a Chain now."""
+    return _runner[-1]
+
+
 # ---- parts that the modes of jit compile by themselves
 
 _parts: list[dict[str, Callable]] = [{}]  # what stands in for a kind of part, while a jitted function runs in Python
