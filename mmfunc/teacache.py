@@ -5,7 +5,8 @@ the first block's residual in place of a polynomial fitted to each model.
     output, state = step(made, 0.08, state, (p, x, time))  # state: init() at first
 
 A call runs the first block of each Chain. While what it adds has changed little since the last computed call, what all
-further blocks added then is added again in their place. It is an approximation, which a threshold of 0 turns off.
+further blocks added then is added again in their place. It is an approximation (README has its error); a threshold of 0
+computes every call, to the bit.
 """
 
 from collections.abc import Callable, Iterator

@@ -157,6 +157,23 @@ def test_tiles_and_a_compiled_model_change_little(saved):  # noqa: F811
     assert 1e-4 < (tiled - plain).abs().mean() < 0.3
 
 
+def test_reuse_is_said_and_made_again(saved, tmp_path, capsys):  # noqa: F811
+    folder, pipe = saved("FluxPipeline")
+    how = {"prompt": "the cat", "size": "16x24", "steps": 6}
+    sample.main(sample.Args(tmp_path / "a", folder, reuse=1e9, **how))
+    assert "the cat-0.png  2 calls computed, 4 reused  " in capsys.readouterr().out
+    assert gallery.said(tmp_path / "a" / "the cat-0.png")["reuse"] == 1e9
+    assert metrics.read(tmp_path / "a" / "gallery.jsonl")[0][0]["reused"] == 4
+    sample.main(sample.Args(tmp_path / "b", again=tmp_path / "a" / "the cat-0.png"))
+    assert (tmp_path / "a" / "the cat-0.png").read_bytes() == (tmp_path / "b" / "the cat-0.png").read_bytes()
+    for n, reuse in (("c", 0.0), ("d", None)):
+        sample.main(sample.Args(tmp_path / n, folder, reuse=reuse, **how))
+    pixels = [np.asarray(Image.open(tmp_path / n / "the cat-0.png")) for n in "acd"]
+    assert np.array_equal(*pixels[1:]) and not np.array_equal(*pixels[:2])
+    with pytest.raises(ValueError, match="reuse is -1.0; it must be 0"):
+        render.task(pipe, "the cat", height=16, width=24, reuse=-1.0)
+
+
 def test_levels_and_file_names():
     levels = torch.arange(256) / 255 * 2 - 1
     assert np.array_equal(gallery.bytes_of(levels.view(1, 16, 16))[..., 2].flatten(), np.arange(256))
