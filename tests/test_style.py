@@ -14,7 +14,7 @@ FLOORS = [  # a file imports from its own floor or a lower one
     {"tree", "random", "media"},
     {"shard", "kernels", "keys"},
     {"nn"},
-    {"diffusion", "sampler", "schedulers", "solvers", "multistep", "text", "lora", "optim", "jit", "grad", "signature",
+    {"diffusion", "sampler", "schedulers", "solvers", "multistep", "text", "lora", "quant", "optim", "jit", "grad", "signature",
      "lower", "checkpoint", "hub", "data", "records", "metrics", "report", "score", "processor", "generate", "clips", "features", "online", "packs",
      "prompts", "gallery", "stages", "relay", "machines", "parts", "picture", "plan", "search", "work",
      "profile"},
