@@ -28,8 +28,11 @@ from workloads import row
 
 HERE = Path(__file__).parent
 PEERS = {"W1": ("eager", "compiled"), "W2": ("eager", "compiled"), "W3": ("eager", "compiled"),
-         "W4a": ("eager", "compiled", "openvino"), "W4b": ("eager",), "W5": ("eager",),
+         "W4a": ("eager", "compiled", "openvino"), "W4b": ("eager",), "W5": ("eager", "int8"),
          "W7": ("eager", "compiled", "openvino")}
+
+
+ROUNDED = {"int8": 0.1}  # how far the check of a side may be off; of all others 1e-4
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,9 @@ def workload(name: str, runs: int, can: dict[str, float], cold: bool) -> dict[st
     names = ("mmfunc", *PEERS[name])
     with tempfile.TemporaryDirectory() as folder:
         peers = {n: Peer(name, n, folder, f"{folder}/{n}" if cold else None) for n in names}
-        if apart := {n: x for n in names if (x := off(folder, n)) > 1e-4}:
-            raise RuntimeError(f"{name}: the checks of {apart} differ from ours by more than 1e-4")
+        found = {n: off(folder, n) for n in names}
+        if apart := {n: x for n, x in found.items() if x > ROUNDED.get(n, 1e-4)}:
+            raise RuntimeError(f"{name}: the checks of {apart} differ too much from ours")
         times = {n: [] for n in names}
         for _ in range(runs):
             for n, p in peers.items():
@@ -89,6 +93,7 @@ def workload(name: str, runs: int, can: dict[str, float], cold: bool) -> dict[st
             again.process.kill()
     ours, graph = rows["mmfunc"], rows["mmfunc"].get("graph")
     said = {"peers": rows, "ratios": {n: round(rows[n]["median_s"] / ours["median_s"], 3) for n in PEERS[name]}}
+    said |= {"off": rounded} if (rounded := {n: round(found[n], 4) for n in names if n in ROUNDED}) else {}
     if "temporary" in ours:
         said["memory"] = round(ours["temporary"] / rows["eager"]["temporary"], 3)
         whole = [r["temporary"] + r["kept"] for r in (ours, rows["eager"])]
@@ -109,7 +114,7 @@ def fallen(now: dict, before: dict) -> list[str]:
         for peer, ratio in found["ratios"].items():
             was = before["workloads"].get(name, {}).get("ratios", {}).get(peer)
             print(f"{name} over {peer}: {ratio}" + (f", was {was}" if was else ""), flush=True)
-            if was and ratio < 0.85 * was:
+            if was and peer not in ROUNDED and ratio < 0.85 * was:
                 out.append(f"{name} over {peer}: {ratio}, was {was}")
     return out
 

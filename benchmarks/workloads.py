@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mmfunc import generate, jit, keys, lower, models, optim, pipeline, tree
+from mmfunc import generate, jit, keys, lower, models, optim, pipeline, quant, tree
 from mmfunc.hub import respelled
 from mmfunc.models import flux, qwen2, qwen2vl, sd_vae, wan, wan_vae
 
@@ -228,12 +228,13 @@ def w4b(peer: str) -> Work:
 
 
 def w5(peer: str) -> Work:
-    """Decoding a token by a Qwen2 of 0.5B, 256 tokens before it."""
+    """Decoding a token by a Qwen2 of 0.5B, 256 tokens before it; int8: ours, with such weights."""
     ref = made("transformers", qwen2, LLM).eval()
     ids = torch.randint(0, 30000, (1, 256), generator=torch.Generator().manual_seed(0))
-    if peer == "mmfunc":
+    if peer in ("mmfunc", "int8"):
         p, step = loaded(qwen2, LLM, ref), generate.stepper(qwen2.step, LLM, backend="inductor")
-        check, p = qwen2.forward(p, LLM, {"input_ids": ids})[:, -1], low(p)
+        p = quant.quantize(p, quant.DECODER) if peer == "int8" else p
+        check, p = qwen2.forward(p, LLM, {"input_ids": ids})[:, -1], tree.map(lambda t: low(t) if t.is_floating_point() else t, p)
         mine = lambda n: generate.generate(qwen2, p, LLM, {"input_ids": ids}, new=n, call=step, slots=288)
         return Work(check, lambda: mine(NEW), kept=tree.nbytes(p), less=lambda: mine(1), times=NEW - 1)
     check, ref = ref(ids).logits[:, -1], ref.to(torch.bfloat16)

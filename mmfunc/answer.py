@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfunc import data, generate, jit, lora, models, processor, score, text, tree
+from mmfunc import data, generate, jit, lora, models, processor, quant, score, text, tree
 from mmfunc.records import Record, Records
 from mmfunc.tree import Tree
 
@@ -31,14 +31,15 @@ def ready(family: Any, c: Any, params: Tree, pr: processor.Processor, backend: j
 
 def load(
     folder: Path, *, adapter: Path | None = None, dtype: torch.dtype | None = None, backend: jit.Backend = "eager",
-    device: str = "cpu",
+    device: str = "cpu", int8: bool = False,
 ) -> Model:
-    """A Model from a hub folder, with the PEFT adapter of another folder if given."""
+    """A Model from a hub folder, with the PEFT adapter of another folder if given; int8: the decoder's weights."""
     family, c, params = models.load(folder, dtype, device)
     if adapter:
         params = lora.load(
             adapter, family.params(c), params, models.table(family, c), models.spellings(family, c)
         )[1]
+    params = quant.quantize(lora.merge(params), quant.DECODER) if int8 else params
     return ready(family, c, params, processor.load(folder), backend)
 
 

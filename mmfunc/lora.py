@@ -34,17 +34,7 @@ def LoRA(params: Tree, rank: int, where: str, alpha: float | None = None) -> Tre
             f"the LoRA rule {where!r} matches none of the {len(targets)} dense maps, such as {', '.join(targets[:3])}"
         )
     factor = 1.0 if alpha is None else alpha / rank
-    return _with(params, lambda n, p: {**p, **_pair(p["weight"], rank, factor)} if n in chosen else p)
-
-
-def _with(params: Tree, fn, name: str = "") -> Tree:
-    """fn(name, dict) on each dict that holds a weight."""
-    if isinstance(params, (list, tuple)):
-        return type(params)([_with(p, fn, f"{name}.{i}" if name else str(i)) for i, p in enumerate(params)])
-    if not isinstance(params, dict):
-        return params
-    made = {k: _with(p, fn, f"{name}.{k}" if name else k) for k, p in params.items()}
-    return fn(name, made) if "weight" in made else made
+    return tree.maps(lambda n, p: {**p, **_pair(p["weight"], rank, factor)} if n in chosen else p, params)
 
 
 def _pair(weight: Param, rank: int, factor: float) -> dict[str, Param]:
@@ -63,12 +53,12 @@ def merge(params: Tree) -> Tree:
             "weight": (p["weight"] + delta).to(p["weight"].dtype)
         }
 
-    return _with(params, one)
+    return tree.maps(one, params)
 
 
 def base(params: Tree) -> Tree:
     """The tree without its adapters, nothing merged."""
-    return _with(params, lambda name, p: {k: v for k, v in p.items() if not k.startswith("lora_")})
+    return tree.maps(lambda name, p: {k: v for k, v in p.items() if not k.startswith("lora_")}, params)
 
 
 def _modules(params: Tree, table: keys.Table) -> dict[str, str]:
@@ -144,7 +134,7 @@ def _beside(declared: Tree, params: Tree, pairs: dict[str, dict[str, Tensor]], f
             if tuple(pair[half].shape) != wide[name][half].shape:
                 raise ValueError(f"{name}.{half} has the shape {wide[name][half].shape} in the model, "
                                  f"{tuple(pair[half].shape)} in {file}")
-    added = lambda t, extra: _with(t, lambda n, p: p | extra[n] if n in extra else p)
+    added = lambda t, extra: tree.maps(lambda n, p: p | extra[n] if n in extra else p, t)
     return added(declared, wide), added(params, tree.put(pairs, tree.leaves(params)[0].device))
 
 

@@ -61,6 +61,21 @@ def map(fn: Callable, tree: Tree, *rest: Tree) -> Tree:
     return fn(tree, *rest)
 
 
+def maps(fn: Callable[[str, dict], Tree], tree: Tree, prefix: str = "") -> Tree:
+    """fn(dotted name, dict) in the place of each dict that holds a weight.
+
+    >>> maps(lambda name, p: name, {"blocks": [{"q": {"weight": 1}, "scale": 2}]})
+    {'blocks': [{'q': 'blocks.0.q', 'scale': 2}]}
+    """
+    name = lambda k: f"{prefix}.{k}" if prefix else str(k)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([maps(fn, v, name(i)) for i, v in enumerate(tree)])
+    if not isinstance(tree, dict):
+        return tree
+    made = {k: maps(fn, v, name(k)) for k, v in tree.items()}
+    return fn(prefix, made) if "weight" in made else made
+
+
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
     """Leaves by dotted name, in order.
 

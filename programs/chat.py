@@ -31,13 +31,14 @@ class Args:
     repetition: float = 1.0  # penalty of what was said before
     seed: int = 0
     dtype: Literal["fp32", "bf16"] = "fp32"
+    int8: bool = False  # weights of the decoder: half of bf16's bytes, which bound the time of a token
     backend: Literal["eager", "inductor", "npu"] = "eager"
     device: str = "cpu"  # or cuda, npu
 
 
 def main(a: Args) -> None:
     dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
-    m = answer.load(a.model, adapter=a.adapter, dtype=dtype, backend=a.backend, device=a.device)
+    m = answer.load(a.model, adapter=a.adapter, dtype=dtype, backend=a.backend, device=a.device, int8=a.int8)
     how = generate.Sampling(a.temperature, a.top_k, a.top_p, a.repetition)
     videos = [a.video] if a.video else []
     if a.question is None and not sys.stdin.isatty():

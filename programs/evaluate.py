@@ -31,6 +31,7 @@ class Args:
     new: int = 64  # tokens of an answer at most
     limit: int = 0  # only so many questions; 0: all
     dtype: Literal["fp32", "bf16"] = "fp32"
+    int8: bool = False  # weights of the decoder: half of bf16's bytes, which bound the time of a token
     backend: Literal["eager", "inductor", "npu"] = "eager"
     device: str = "cpu"  # or cuda, npu
 
@@ -44,7 +45,7 @@ def main(a: Args) -> None:
 def answered(a: Args, job: shard.Job) -> list[dict]:
     """A row for each question."""
     dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
-    m = answer.load(a.model, adapter=a.adapter, dtype=dtype, backend=a.backend, device=a.device)
+    m = answer.load(a.model, adapter=a.adapter, dtype=dtype, backend=a.backend, device=a.device, int8=a.int8)
     asked = records.open(a.data, a.media)
     which = range(len(asked))[: a.limit or None]
     examine = lambda some: answer.examine(m, asked, some, metric=a.metric, new=a.new, batch=a.batch)

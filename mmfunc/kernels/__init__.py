@@ -2,4 +2,4 @@
 
 from mmfunc.kernels.attention import attend
 from mmfunc.kernels.npu import fused
-from mmfunc.kernels.product import linear
+from mmfunc.kernels.product import dequantized, linear

@@ -100,7 +100,7 @@ def words(p: Tree, c: Config) -> Tensor:
 def head(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     """Next-token logits, [B, S, V]; with a cache those of the last token, [B, 1, V]."""
     x = x if ctx["start"] is None else x[:, -1:]
-    return nn.linear({"weight": words(p, c)}, features(p, c, x, ctx))
+    return nn.linear(p["embed" if c.tied else "head"], features(p, c, x, ctx))
 
 
 STACKS = (("blocks", block),)

@@ -20,7 +20,7 @@ def Linear(d_in: int, d_out: int, axes: str = "_ -> _", *, bias: bool = True, st
 
 def linear(p: Tree, x: Tensor) -> Tensor:
     """[..., in] -> [..., out], plus the low-rank path when p has one."""
-    y = kernels.linear(x, p["weight"], p.get("bias"))
+    y = kernels.linear(x, p["weight"], p.get("bias"), p.get("scale"))
     return y + F.linear(F.linear(x, p["lora_a"]), p["lora_b"]) * p["lora_scale"] if "lora_a" in p else y
 
 
@@ -38,11 +38,16 @@ def Embed(n: int, d: int, std: float = 0.02) -> Tree:
 def embed(p: Tree, ids: Tensor) -> Tensor:
     """[B, S] -> [B, S, D]; of a divided table each rank looks up what it has."""
     if not shard.parts("vocab"):
-        return F.embedding(ids, p["weight"])
+        return _rows(p, ids)
     n = len(p["weight"])
     own = ids - shard.start(n, "vocab")
     here = (own >= 0) & (own < n)
-    return shard.summed(torch.where(here[..., None], F.embedding(torch.where(here, own, 0), p["weight"]), 0.0), "vocab")
+    return shard.summed(torch.where(here[..., None], _rows(p, torch.where(here, own, 0)), 0.0), "vocab")
+
+
+def _rows(p: Tree, ids: Tensor) -> Tensor:
+    found = F.embedding(ids, p["weight"])
+    return kernels.dequantized(found, F.embedding(ids, p["scale"])) if "scale" in p else found
 
 
 def LayerNorm(d: int) -> Tree:

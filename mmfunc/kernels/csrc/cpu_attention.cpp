@@ -168,18 +168,20 @@ void forward(const Problem& p, const Sight& sight, long b, long head, int first,
   for (int i = 0; i < count; i++) {
     // a row that sees nothing gives 0; NaN stays NaN
     put(o + i * columns, l[i] == 0 ? 0 : 1 / l[i], p.at<T>(p.out, b, first + i, head), p.width);
-    p.lse[(b * p.heads + head) * p.queries + first + i] = l[i] == 0 ? -HIDDEN : m[i] / LOG2E + std::log(l[i]);
+    p.lse[(b * p.heads + head) * p.queries + first + i] = l[i] == 0 ? -HIDDEN : float(m[i] / double(LOG2E) + std::log(double(l[i])));
   }
 }
 
 // ---- backward
 
 // Scores s and slopes g (of the loss by the weights) of a strip [ROWS, n] -> weights p, slopes by scores d (unscaled).
+// lse: of weights in bf16 times LOG2E, of float not yet: its rounding would be that of a whole row.
 template <class C>
 void slopes(const float* s, const float* g, int n, float scale, const float* lse, const float* delta, C* p, C* d) {
   for (int i = 0; i < ROWS<C>; i++, s += BLOCK, g += BLOCK, p += BLOCK, d += BLOCK)
     for (int j = 0; j < n; j += W) {
-      vec x = exp2<C>(load(s + j) * scale - load(lse + j));
+      vec x = load(s + j) * scale - load(lse + j);
+      x = exp2<C>(PAIR<C> == 1 ? x * LOG2E : x);
       store(p + j, x);
       store(d + j, x * (load(g + j) - load(delta + j)));
     }
@@ -190,6 +192,7 @@ template <class C> struct Backward {
   const Problem& p;
   const Sight& sight;
   const float scale;
+  static constexpr float UNIT = PAIR<C> == 1 ? 1 : LOG2E;  // of exponents
   const int columns = p.columns(), units = columns / PAIR<C>, side = BLOCK * units, across = BLOCK / PAIR<C>;
   uint32_t *plain = scratch(0, side), *k = scratch(1, side), *v = scratch(2, side), *kj = scratch(3, side);
   uint32_t *qt = scratch(4, side), *qj = scratch(5, side), *gt = scratch(6, side), *gj = scratch(7, side);
@@ -219,7 +222,7 @@ template <class C> struct Backward {
     grads = turned(plain, units, lanes, gt), grads_joined = joined<C>(plain, lanes, columns, gj);
     const long row = (b * p.heads + head) * p.queries + query;
     for (int i = 0; i < lanes; i++) {
-      lse[i] = i < m ? p.lse[row + i] * LOG2E : -HIDDEN;
+      lse[i] = i < m ? p.lse[row + i] * UNIT : -HIDDEN;
       delta[i] = i < m ? p.delta[row + i] : 0;
     }
   }
@@ -243,7 +246,7 @@ template <class C> struct Backward {
       multiply<C, false>(k + r * units, units, queries, 0, units, from, to, s, BLOCK);
       if (!at.whole) sight.hide(key + r, ROWS<C>, mine, at, query, s, BLOCK);
       multiply<C, false>(v + r * units, units, grads, 0, units, from, to, slope, BLOCK);
-      slopes<C>(s + from, slope + from, to - from, scale * LOG2E, lse + from, delta + from, w + from, strip + from);
+      slopes<C>(s + from, slope + from, to - from, scale * UNIT, lse + from, delta + from, w + from, strip + from);
       multiply<C, true>((uint32_t*)w, across, grads_joined, a, z, 0, columns, dv + r * columns, columns);
       multiply<C, true>((uint32_t*)strip, across, queries_joined, a, z, 0, columns, dk + r * columns, columns);
     }

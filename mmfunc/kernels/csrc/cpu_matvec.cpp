@@ -1,4 +1,5 @@
-// Products of a bf16 matrix with a few rows: y [M, N] = x [M, K] w' [N, K] + b. Bound by reading w, once and in order.
+// Products of a matrix, of bf16 or of int8, with a few rows: y [M, N] = x [M, K] w' [N, K] + b. Bound by reading w, once
+// and in order.
 
 #include "cpu_tiles.h"
 
@@ -65,12 +66,103 @@ template <int M> void products(const bf16* w, const bf16* x, const bf16* b, bf16
   for (int64_t j = groups * at_once; j < n; j++) product<M, 1>(w + j * k, x, b ? b + j : b, y + j, n, k);
 }
 
-template <int... M, class... T> void choose(int rows, std::integer_sequence<int, M...>, T... given) {
-  ((rows == M + 1 ? products<M + 1>(given...) : void()), ...);
+// ---- w of int8: in each row `groups` times `size` numbers (fewer at the end) share a factor
+
+typedef int8_t bvec __attribute__((vector_size(W)));
+inline vec load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));  // GCC takes them one by one
+#else
+  return __builtin_convertvector(__builtin_convertvector(read<bvec>(p), ivec), vec);
+#endif
+}
+inline float wide(float x) { return x; }
+
+constexpr int SIDES = 4, AT_ONCE = W == 16 ? 4 : 2;  // rows of x and of w whose sums stay in registers
+constexpr int AHEAD = 16384;  // bytes of w that are on their way
+
+struct Shape {
+  int64_t m, n, k, groups, size;
+  int64_t length() const { return (groups - 1) * up(size, W) + up(k - (groups - 1) * size, W); }  // of spread rows
+};
+
+// Rows of x as floats, SIDES of them together, a vector of each in turn; zeros behind a group, where its last vector has
+// numbers of the next one in w.
+template <class T> const float* spread(const T* x, Shape s) {
+  float *all = scratch<float>(0, s.m * s.length()), *to = all;
+  for (int64_t first = 0; first < s.m; first += SIDES)
+    for (int64_t begin = 0, end; begin < s.k; begin = end) {
+      end = std::min(begin + s.size, s.k);
+      for (int64_t i = begin; i < end; i += W)
+        for (int64_t m = first; m < std::min(first + SIDES, s.m); m++, to += W) {
+          T part[W]{};
+          std::copy_n(x + m * s.k + i, std::min<int64_t>(W, end - i), part);
+          store(to, load(part));
+        }
+    }
+  return all;
+}
+
+template <int M, int rows, class T>
+void product(const int8_t* w, const T* scale, const float* x, const T* b, T* y, Shape s) {
+  vec sums[rows][M]{};
+  for (int64_t begin = 0, end; begin < s.k; begin = end, scale++) {
+    end = std::min(begin + s.size, s.k);
+    vec factor[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+      factor[r] = all(wide(scale[r * s.groups]));
+      for (int64_t i = begin; i < end; i += 64) __builtin_prefetch(w + r * s.k + i + AHEAD);
+    }
+    for (int64_t i = begin; i < end; i += W, x += M * W)
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; r++) {
+        vec part = load(w + r * s.k + i) * factor[r];
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) sums[r][m] += part * load(x + m * W);
+      }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int m = 0; m < M; m++) {
+      T out[W];
+      store(out, all(fold(sums[r][m], [](vec a, vec b) { return a + b; }) + (b ? wide(b[r]) : 0)));
+      y[m * s.n + r] = out[0];
+    }
+}
+
+template <int... M, class F> void choose(int rows, std::integer_sequence<int, M...>, F run) {
+  ((rows == M + 1 ? run(std::integral_constant<int, M + 1>()) : void()), ...);
+}
+
+template <class T>
+void products(const int8_t* w, const void* scale, const void* x, const void* b, void* y, Shape s, int threads) {
+  const float* given = spread((const T*)x, s);
+  int8_t* last = scratch<int8_t>(1, s.k + W);  // behind w there is nothing to be read
+  std::copy_n(w + (s.n - 1) * s.k, s.k, last);
+  auto run = [&](auto rows, const int8_t* from, int64_t j) {
+    for (int64_t m = 0; m < s.m; m += SIDES)
+      choose(std::min<int64_t>(SIDES, s.m - m), std::make_integer_sequence<int, SIDES>(), [&](auto side) {
+        product<side.value, rows.value>(from, (const T*)scale + j * s.groups, given + m * s.length(),
+                                        b ? (const T*)b + j : nullptr, (T*)y + m * s.n + j, s);
+      });
+  };
+  const int64_t blocks = (s.n - 1) / AT_ONCE;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t g = 0; g < blocks; g++)
+    run(std::integral_constant<int, AT_ONCE>(), w + g * AT_ONCE * s.k, g * AT_ONCE);
+  for (int64_t j = blocks * AT_ONCE; j < s.n; j++)
+    run(std::integral_constant<int, 1>(), j + 1 < s.n ? w + j * s.k : last, j);
 }
 
 }  // namespace
 
 extern "C" void matvec(const bf16* w, const bf16* x, const bf16* b, bf16* y, int64_t m, int64_t n, int64_t k, int threads) {
-  choose(m, std::make_integer_sequence<int, MOST>(), w, x, b, y, n, k, threads);
+  choose(m, std::make_integer_sequence<int, MOST>(), [&](auto rows) { products<rows.value>(w, x, b, y, n, k, threads); });
+}
+
+// scale [N, groups], x, b and y of bf16, or of float where `wide`.
+extern "C" void matvec_int8(const int8_t* w, const void* scale, const void* x, const void* b, void* y, int64_t m, int64_t n,
+                            int64_t k, int64_t groups, int wide, int threads) {
+  auto run = wide ? products<float> : products<bf16>;
+  if (n) run(w, scale, x, b, y, {m, n, k, groups, (k + groups - 1) / groups}, threads);
 }
