@@ -141,6 +141,8 @@ def measured(a: Args, said: dict[str, Any]) -> list[str]:
 
 def asked(said: dict[str, Any]) -> float:
     """Samples a second that a loader is to give: ten times those of W1, of 4 in a step."""
+    if "W1" not in said["workloads"]:
+        raise RuntimeError("ten times the rate of W1 is asked for, but W1 was not measured: --only W1 loader")
     return 10 * 4 / said["workloads"]["W1"]["peers"]["mmfunc"]["median_s"]
 
 

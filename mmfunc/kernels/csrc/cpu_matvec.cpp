@@ -7,6 +7,7 @@ namespace {
 
 constexpr int MOST = 8;            // rows of x
 constexpr int64_t NEAR = 12 * 1024;  // numbers of x that stay beside w in the first cache
+constexpr int AHEAD = 4096;          // bytes of w that are on their way: a machine foresees no more than a page
 
 struct Sum {  // of products over one row of w
   vec low{}, high{};
@@ -27,28 +28,39 @@ struct Sum {  // of products over one row of w
   }
   void add(part w, part x) { low += w.low * x.low, high += w.high * x.high; }
 #endif
+  void operator+=(const Sum& s) { low += s.low, high += s.high; }
   float total() const { return fold(low + high, [](vec a, vec b) { return a + b; }); }
 };
 
-// `rows` rows of w at once, so that what is read of x serves all of them.
+// `rows` rows of w at once, so that what is read of x serves all of them; few sums are kept in several parts, as an
+// addition to one of them must wait for the one before.
 template <int M, int rows> void product(const bf16* w, const bf16* x, const bf16* b, bf16* y, int64_t n, int64_t k) {
-  Sum sums[rows][M];
+  constexpr int PARTS = std::max(1, 8 / (rows * M));
+  Sum sums[PARTS][rows][M];
   auto step = [&](auto... size) {
-    return [&, size...](int64_t i) {
+    return [&, size...](int64_t i, int to) {
       Sum::part part[rows];
       for (int r = 0; r < rows; r++) part[r] = Sum::read(w + r * k + i, size...);
       for (int m = 0; m < M; m++) {
         auto given = Sum::read(x + m * k + i, size...);
-        for (int r = 0; r < rows; r++) sums[r][m].add(part[r], given);
+        for (int r = 0; r < rows; r++) sums[to][r][m].add(part[r], given);
       }
     };
   };
   int64_t i = 0;
-  for (auto whole = step(); i + 2 * W <= k; i += 2 * W) whole(i);
-  if (i < k) step(k - i)(i);
+  auto whole = step();
+  for (; i + PARTS * 2 * W <= k; i += PARTS * 2 * W)
+#pragma GCC unroll 8
+    for (int to = 0; to < PARTS; to++) {
+      for (int r = 0; r < rows; r++) __builtin_prefetch(w + r * k + i + to * 2 * W + AHEAD / 2);
+      whole(i + to * 2 * W, to);
+    }
+  for (; i + 2 * W <= k; i += 2 * W) whole(i, 0);
+  if (i < k) step(k - i)(i, 0);
   for (int r = 0; r < rows; r++)
     for (int m = 0; m < M; m++) {
-      vec sum = all(sums[r][m].total() + (b ? wide(b[r]) : 0));
+      for (int to = 1; to < PARTS; to++) sums[0][r][m] += sums[to][r][m];
+      vec sum = all(sums[0][r][m].total() + (b ? wide(b[r]) : 0));
       bf16 out[W];
       store(out, sum);
       y[m * n + r] = out[0];
@@ -79,7 +91,6 @@ inline vec load(const int8_t* p) {
 inline float wide(float x) { return x; }
 
 constexpr int SIDES = 4, AT_ONCE = W == 16 ? 4 : 2;  // rows of x and of w whose sums stay in registers
-constexpr int AHEAD = 16384;  // bytes of w that are on their way
 
 struct Shape {
   int64_t m, n, k, groups, size;
