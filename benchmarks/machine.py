@@ -16,6 +16,7 @@ from mmfunc.kernels import wide
 
 GEMMS = (2048, 768, 3072), (1380, 768, 4096), (1332, 3072, 768), (2048, 2048, 2048)  # tokens, in, out
 CONVS = (128, 128, 128), (256, 256, 128)  # channels in and out, side; 3 x 3
+BIG = 2**26  # floats, 256 MiB: more than any cache here
 ATTENTION = (1, 6, 1950, 128), (1, 12, 1950, 64)  # batch, heads, tokens, width
 
 
@@ -42,6 +43,12 @@ def both(fn: Callable, *tensors: torch.Tensor) -> None:
     torch.autograd.grad(y, live, y.detach())
 
 
+def reading(seconds: float) -> float:
+    """Bytes/s of reading memory; beside other guests of a machine it may double within minutes."""
+    big = torch.ones(BIG)
+    return big.nbytes / least(lambda: big.sum(), seconds)
+
+
 def measure(seconds: float = 1.0) -> dict[str, float]:
     """bf16 FLOP/s of matrix products, convolutions, attention (there and back); bytes/s of reading and copying."""
     rand = lambda *size: torch.randn(size).bfloat16()
@@ -57,10 +64,9 @@ def measure(seconds: float = 1.0) -> dict[str, float]:
         given = [rand(b, n, h, d) for _ in range(3)]
         for fn in (sdpa, kernels.attend):
             attention = max(attention, 14 * b * h * n * n * d / least(lambda fn=fn, g=given: both(fn, *g), seconds))
-    big = torch.ones(2**26)  # 256 MiB, more than any cache here
+    big = torch.ones(BIG)
     into = torch.empty_like(big)
-    reads = big.nbytes / least(lambda: big.sum(), seconds)
-    return {"gemm": gemm, "conv": conv, "attention": attention, "read": reads,
+    return {"gemm": gemm, "conv": conv, "attention": attention, "read": reading(seconds),
             "copy": 2 * big.nbytes / least(lambda: into.copy_(big), seconds)}
 
 
