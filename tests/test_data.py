@@ -3,6 +3,9 @@
 import io
 import json
 import tarfile
+import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmfunc import data, media, models, packs, records
+from mmfunc.ahead import Ahead
 from mmfunc.tasks import language
 
 
@@ -286,3 +290,35 @@ def test_buckets_micro_batches_and_counts():
     assert packed[0]["input_ids"].shape[0] % 2 == 0 and packed[0]["attention_mask"].max() > 1
     with pytest.raises(ValueError, match="as many, shortest first"):
         data.Plan(1, (8, 4), (1, 1))
+
+
+def test_items_fetched_ahead():
+    """In order, one more than is in use, with the error that ends them; nothing is kept, and no thread remains."""
+    asked = []
+
+    def items():
+        for i in range(5):
+            asked.append(i)
+            yield np.full(3, i)
+        raise ValueError("the last")
+
+    threads = threading.active_count()
+    ahead = Ahead(items())
+    first = next(ahead)
+    until = time.monotonic() + 10
+    while len(asked) < 3 and time.monotonic() < until:  # one lies ready, one waits for its place
+        time.sleep(0.01)
+    assert first[0] == 0 and asked == [0, 1, 2]
+    kept = weakref.ref(first)
+    del first
+    assert kept() is None
+    assert [next(ahead)[0] for _ in range(4)] == [1, 2, 3, 4]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the last"):
+            next(ahead)
+    half = Ahead(iter(range(100)))
+    assert next(half) == 0
+    del ahead, half
+    while threading.active_count() > threads and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading.active_count() == threads
