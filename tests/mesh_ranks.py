@@ -48,7 +48,8 @@ def run(fn: Any, world: int, *args: Any, seconds: float = 600) -> list:
         while len(found) < world:
             rank, error, value = out.get(timeout=seconds)
             if error:
-                raise AssertionError(f"rank {rank}: {error}")
+                killed = [f"rank {r} by signal {-p.exitcode}" for r, p in enumerate(ranks) if (p.exitcode or 0) < 0]
+                raise AssertionError(f"rank {rank}: {error}" + "".join(f"; {k}" for k in killed))
             found[rank] = value
         for p in ranks:
             p.join(30)
