@@ -302,7 +302,7 @@ def test_items_fetched_ahead():
             yield np.full(3, i)
         raise ValueError("the last")
 
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     ahead = Ahead(items())
     first = next(ahead)
     until = time.monotonic() + 10
@@ -319,6 +319,6 @@ def test_items_fetched_ahead():
     half = Ahead(iter(range(100)))
     assert next(half) == 0
     del ahead, half
-    while threading.active_count() > threads and time.monotonic() < until:
+    while set(threading.enumerate()) - before and time.monotonic() < until:
         time.sleep(0.01)
-    assert threading.active_count() == threads
+    assert not set(threading.enumerate()) - before
