@@ -85,6 +85,7 @@ def write(said: dict[str, Any], folder: Path, more: list[str]) -> None:
     ours = [[n, w.get("gflop", ""), w.get("gflop_per_core_s", ""), w.get("fkr", w.get("read_share", "")),
              w.get("memory", ""), w.get("memory_with_state", "")] for n, w in works.items()]
     first, rate = works["W1"]["peers"]["mmfunc"], {k: f"{v / 1e9:.0f}" for k, v in can.items()}
+    reads = f", {works['W5']['read_gb_s']} GB/s" if "read_gb_s" in works.get("W5", {}) else ""
     versions = ", ".join(f"{k} {v}" for k, v in said["versions"].items())
     shares = ["", "GFLOP", "GFLOP a core-second", "fraction of roofline", "temporary memory / eager", "with the state"]
     text = f"""# Benchmarks
@@ -104,7 +105,7 @@ and their float32 losses or outputs were equal to 1e-4 before (of int8: to 0.1).
 This machine does {rate["gemm"]} GFLOP/s in matrix products, {rate["conv"]} in convolutions, {rate["attention"]} in
 attention (there and back), each by the faster of our way and PyTorch's, and reads {can["read"] / 1e9:.1f} GB/s. The
 best possible time of a graph is its FLOPs at these rates and each argument read once; all else is taken as free. For
-W5 the figure is the share of the read bandwidth. Done in float32 for want of instructions: {m.get("float32", "-")}.
+W5 the figure is the share of the bandwidth of reading that was measured in turn with it{reads}. Done in float32 for want of instructions: {m.get("float32", "-")}.
 
 ![roofline](roofline.svg)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmfunc import packs, shard
-from mmfunc.ahead import Ahead
+from mmfunc.prefetch import Prefetch
 from mmfunc.records import Records
 
 Sample = dict[str, Any]
@@ -253,7 +253,7 @@ def stream(
     processes. Where batches have facts["pixels"], batches.together(number, facts) completes them."""
     loader = DataLoader(getattr(batches, "early", batches), batch_size=None, sampler=range(start, stop),
                         num_workers=workers, prefetch_factor=4 if workers else None, worker_init_fn=_steady)
-    items = Ahead(iter(loader)) if workers else iter(loader)
+    items = Prefetch(iter(loader)) if workers else iter(loader)
     for number in range(start, stop):
         yield number, *next(items)
 

@@ -85,6 +85,8 @@ def _rest(fn: Callable, found: list[dict], args: tuple) -> tuple[Any, list[Tree]
 def _begin(runner: Callable, kept: Iterator[Kept] | None, found: list, chain: Chain, p: Tree, c: Any, batch: Tree,
            cache: Any) -> Any:
     """The runner of a first part; runner: what runs the pieces of a Chain."""
+    if cache is not None:
+        raise ValueError("nothing can be reused: the Chain has a cache, whose entries every block must write")
     before, block, after = _cut(chain, p, c)
     with running(runner):
         x, ctx = Chain(chain.embed, before, _both)(p, c, batch)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmfunc import data, media, models, packs, records
-from mmfunc.ahead import Ahead
+from mmfunc.prefetch import Prefetch
 from mmfunc.tasks import language
 
 
@@ -303,7 +303,7 @@ def test_items_fetched_ahead():
         raise ValueError("the last")
 
     before = set(threading.enumerate())
-    ahead = Ahead(items())
+    ahead = Prefetch(items())
     first = next(ahead)
     until = time.monotonic() + 10
     while len(asked) < 3 and time.monotonic() < until:  # one lies ready, one waits for its place
@@ -316,7 +316,7 @@ def test_items_fetched_ahead():
     for _ in range(2):
         with pytest.raises(ValueError, match="the last"):
             next(ahead)
-    half = Ahead(iter(range(100)))
+    half = Prefetch(iter(range(100)))
     assert next(half) == 0
     del ahead, half
     while set(threading.enumerate()) - before and time.monotonic() < until:

@@ -173,6 +173,8 @@ def test_what_cannot_be_reused_is_told():
     chain = nn.Chain(lambda p, c, x: (x, {}), (("blocks", lambda p, c, x, ctx: x * p["w"]),), lambda p, c, x, ctx: x)
     with pytest.raises(ValueError, match="the Chain has 1 block.s., it must have 2 or more"):
         teacache.step(teacache.parts(lambda x: chain(p, None, x)), 0.1, teacache.init(), (torch.ones(1, 3),))
+    with pytest.raises(ValueError, match="the Chain has a cache"):
+        teacache.step(teacache.parts(lambda x: chain(p, None, x, {})), 0.1, teacache.init(), (torch.ones(1, 3),))
     with pytest.raises(ValueError, match="calls no Chain"):
         teacache.step(teacache.parts(lambda x: x), 0.1, teacache.init(), (torch.ones(1, 3),))
     assert chain(p, None, torch.ones(1, 3)).sum() == 3  # the runner is as it was

@@ -15,7 +15,7 @@ FLOORS = [  # a file imports from its own floor or a lower one
     {"shard", "kernels", "keys"},
     {"nn"},
     {"diffusion", "sampler", "schedulers", "solvers", "multistep", "text", "lora", "quant", "optim", "jit", "grad",
-     "signature", "teacache", "ahead",
+     "signature", "teacache", "prefetch",
      "lower", "checkpoint", "hub", "data", "records", "metrics", "report", "score", "processor", "generate", "clips", "features", "online", "packs",
      "prompts", "gallery", "stages", "relay", "machines", "parts", "picture", "plan", "search", "work",
      "profile"},

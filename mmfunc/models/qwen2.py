@@ -92,15 +92,20 @@ def features(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     return nn.rmsnorm(p["norm"], x, c.eps)
 
 
+def vocabulary(p: Tree, c: Config) -> Tree:
+    """The map from features to the logits of words."""
+    return p["embed" if c.tied else "head"]
+
+
 def words(p: Tree, c: Config) -> Tensor:
     """The vocabulary matrix, [V, D]."""
-    return p["embed" if c.tied else "head"]["weight"]
+    return vocabulary(p, c)["weight"]
 
 
 def head(p: Tree, c: Config, x: Tensor, ctx: Tree) -> Tensor:
     """Next-token logits, [B, S, V]; with a cache those of the last token, [B, 1, V]."""
     x = x if ctx["start"] is None else x[:, -1:]
-    return nn.linear(p["embed" if c.tied else "head"], features(p, c, x, ctx))
+    return nn.linear(vocabulary(p, c), features(p, c, x, ctx))
 
 
 STACKS = (("blocks", block),)

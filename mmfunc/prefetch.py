@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 
-class Ahead:
+class Prefetch:
     """The items of an iterator in their order, and its error. What loader processes share takes some ms to be mapped:
     that is done here while a step runs. Nothing is kept of an item that was taken."""
 
@@ -16,7 +16,7 @@ class Ahead:
         self.over = threading.Event()
         threading.Thread(target=_fetch, args=(items, self.found, self.over), daemon=True).start()
 
-    def __iter__(self) -> "Ahead":
+    def __iter__(self) -> "Prefetch":
         return self
 
     def __next__(self) -> Any:
