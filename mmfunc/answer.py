@@ -78,26 +78,31 @@ def question(r: Record) -> tuple[list[dict], list[str]]:
     ]
 
 
-def examine(m: Model, records: Records, which: Sequence[int], *, metric: str, new: int, batch: int) -> list[dict]:
-    """A row for each of the records: id, kind, question, answer, truth, score, images."""
-    rows, measure = [], score.metric(metric)
-    for a in range(0, len(which), batch):
-        asked = [records[i] for i in which[a : a + batch]]
-        found = [question(r) for r in asked]
-        answers = ask(m, [(said, r.images, r.videos) for r, (said, _) in zip(asked, found)], new=new)
-        rows += [
-            {
-                "id": r.id,
-                "kind": r.extra.get("kind", "all"),
-                "question": plain(said),
-                "answer": answer,
-                "truth": truths,
-                "score": measure(answer, truths, r.extra.get("options", ())),
-                "images": [str(i) for i in r.images if isinstance(i, Path)],
-            }
-            for r, (said, truths), answer in zip(asked, found, answers)
-        ]
-    return rows
+def examine(m: Model, records: Records, which: Sequence[int], *, metric: str, new: int, batch: int,
+            each: Callable = map) -> list[dict]:
+    """A row for each of the records: id, kind, question, answer, truth, score, images. each: map, or what lets ranks
+    take batches in turn."""
+    measure, batches = score.metric(metric), [which[a : a + batch] for a in range(0, len(which), batch)]
+    examined = lambda some: _examined(m, [records[i] for i in some], measure, new)
+    return [row for rows in each(examined, batches) for row in rows]
+
+
+def _examined(m: Model, asked: Sequence[Record], measure: Callable, new: int) -> list[dict]:
+    """The rows of one batch."""
+    found = [question(r) for r in asked]
+    answers = ask(m, [(said, r.images, r.videos) for r, (said, _) in zip(asked, found)], new=new)
+    return [
+        {
+            "id": r.id,
+            "kind": r.extra.get("kind", "all"),
+            "question": plain(said),
+            "answer": answer,
+            "truth": truths,
+            "score": measure(answer, truths, r.extra.get("options", ())),
+            "images": [str(i) for i in r.images if isinstance(i, Path)],
+        }
+        for r, (said, truths), answer in zip(asked, found, answers)
+    ]
 
 
 def plain(messages: Sequence[dict]) -> str:

@@ -218,6 +218,14 @@ def restore(root: Path, like: Tree) -> tuple[Tree, dict[str, Any], list[str]] | 
     return None
 
 
+def resume(root: Path, state: Tree, meta: dict[str, Any]) -> tuple[Tree, list[str]]:
+    """What restore finds of a run with the same meta, and what was wrong with newer steps; else the given state."""
+    if (found := restore(root, state)) is None:
+        return state, []
+    same(found[1], meta)
+    return found[0], found[2]
+
+
 def _read(folder: Path, name: str, parts: list, piece: Piece, like: Tensor) -> Tensor:
     """What a rank has of a tensor, from the parts in which it was written."""
     out = torch.zeros(like.shape, dtype=like.dtype)
@@ -249,9 +257,7 @@ def same(saved: dict[str, Any], given: dict[str, Any]) -> None:
     differ = [f"{k}: {saved.get(k)!r} then, {given.get(k)!r} now" for k in sorted(saved.keys() | given.keys())
               if saved.get(k) != given.get(k)]
     if differ:
-        raise ValueError(
-            "the run was started with other settings: " + "; ".join(differ) + ". Use another --out, or those."
-        )
+        raise ValueError(f"the run was started with other settings: {'; '.join(differ)}. Use another --out, or those.")
 
 
 class Saver:
@@ -265,13 +271,14 @@ class Saver:
         self.pool = ThreadPoolExecutor(1)
         self.running: Future | None = None
 
-    def __call__(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
-        """Start to save; whether the one before failed is told here."""
+    def __call__(self, step: int, state: Tree, meta: dict[str, Any]) -> Future:
+        """Start to save, and say when it is on the disk; whether the one before failed is told here."""
         copy, pieces = tree.map(lambda t: t.detach().to("cpu", copy=True), state), shard.pieces(state)
         try:
             self.wait()
         finally:
             self.running = self.pool.submit(save, self.root, step, copy, meta, keep=self.keep, pieces=pieces)
+        return self.running
 
     def wait(self) -> None:
         """Until what was started is on the disk."""
@@ -284,9 +291,10 @@ class Saver:
                 raise
             self.failed(e)
 
-    def close(self) -> None:
-        """Wait, and end the thread."""
+    def close(self, *, strict: bool = False) -> None:
+        """Wait, and end the thread; strict: what could not be written now is raised in any case."""
         try:
+            self.failed = None if strict else self.failed
             self.wait()
         finally:
             self.pool.shutdown()

@@ -62,9 +62,8 @@ def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
     return sorted(sorted(r) for r in rows)
 
 
-def collate(
-    samples: Sequence[Sample], rows: Sequence[Sequence[int]], size: int, pad: int, count: int
-) -> dict[str, Tensor]:
+def collate(samples: Sequence[Sample], rows: Sequence[Sequence[int]], size: int, pad: int, count: int
+            ) -> dict[str, Tensor]:
     """A batch under the hub's names. rows: which samples stand in each row; count: rows in all; the rest is padding.
 
     attention_mask holds segment ids 1, 2, ... within a row. The first label of each sample is -100, so that no sample
@@ -108,9 +107,7 @@ class Plan:
     tokens: tuple[int, ...]  # lengths of rows; a micro-batch takes the smallest that fits
     patches: tuple[int, ...] = ()  # size of the patch buffer, for each length; none: no pictures, or any number
     accumulate: int = 1  # micro-batches of an update
-    rows: int = (
-        0  # samples are packed into this many rows (twice, thrice ... as many where they do not fit); 0: one each
-    )
+    rows: int = 0  # samples are packed into so many rows, or twice, thrice ... as many to fit; 0: one each
     seed: int = 0
     long: str = "error"  # a sample longer than the rows: "error", or "replace" it like a broken one
 
@@ -246,16 +243,28 @@ def measured(records: Records, measure: Callable) -> tuple[np.ndarray, np.ndarra
     return out[:, 0], out[:, 1]
 
 
-def stream(
-    batches: Batches, start: int, stop: int, workers: int = 0
-) -> Iterator[tuple[int, list[dict[str, Tensor]], dict]]:
-    """(number, micro-batches, facts) for the numbers from start to stop; the same for any number of loader
-    processes. Where batches have facts["pixels"], batches.together(number, facts) completes them."""
+def stream(batches: Dataset, start: int, stop: int, workers: int = 0, watch: Callable = lambda number, facts: None
+           ) -> Iterator[tuple[int, list[dict[str, Tensor]], dict]]:
+    """(number, micro-batches, facts) for the numbers from start to stop, which watch gets to know; the same for any
+    number of loader processes. What complete() gives of them is the batch to train on."""
     loader = DataLoader(getattr(batches, "early", batches), batch_size=None, sampler=range(start, stop),
                         num_workers=workers, prefetch_factor=4 if workers else None, worker_init_fn=_steady)
     items = Prefetch(iter(loader)) if workers else iter(loader)
     for number in range(start, stop):
-        yield number, *next(items)
+        with shard.use(None):  # encoders may run there
+            micro, facts = next(items)
+        watch(number, facts)
+        yield number, micro, facts
+
+
+def complete(batches: Dataset, number: int, micro: list[dict[str, Tensor]], facts: dict, watch: Callable
+             ) -> tuple[list[dict[str, Tensor]], dict]:
+    """(micro-batches, facts) of a stream's batch, which ranks that have the same samples may encode together here."""
+    if "pixels" not in facts:
+        return micro, facts
+    micro, facts = batches.together(number, facts)
+    watch(number, facts)
+    return micro, facts
 
 
 def _steady(worker: int) -> None:

@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -193,8 +193,25 @@ class Log:
         now = {"event": kind, "step": self.step if step is None else step, "time": round(time.time(), 3)}
         self.write(now | {k: number(v) for k, v in facts.items()})
 
+    def each(self, part: str, items: Iterable) -> Iterator:
+        """The items; the waiting for each is added to a part of the current step."""
+        items = iter(items)
+        while True:
+            with self.time(part):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+    def failed(self, kind: str, error: Exception) -> None:
+        """Tell of an error after which all goes on, here and on stderr."""
+        self.event(kind, reason=str(error))
+        print(error, file=sys.stderr)
+
     def __call__(self, step: int, report: dict, *, tokens: int = 0, samples: int = 0, flops: float = 0) -> dict:
-        """Write the line of a step from its report of 0-d tensors, show it, and return it."""
+        """Write the line of a step from its report of 0-d tensors, show it, and return it. tokens, samples: of this
+        rank's part of the batch; others have as many."""
+        tokens, samples = (n * shard.part()[1] for n in (tokens, samples))
         step, values = int(step), {k: number(v) for k, v in report.items()}
         now = time.perf_counter()
         wall, self.last, self.step = max(now - self.last, 1e-9), now, step

@@ -6,7 +6,7 @@ axis, all of them are in one process (for tests: exact).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
-from mmfunc import jit, optim, shard, stages, tree
+from mmfunc import jit, shard, stages, tree
 from mmfunc.shard import schedule
 from mmfunc.shard.schedule import Action
 from mmfunc.shard.transfer import Between, Here, exchanged
@@ -75,7 +75,7 @@ class Pipeline:
         """The traced parts of a batch of this signature."""
         key = signature(batch)[0]
         if key not in self.traced:
-            self.traced[key] = stages.trace(self.loss, self.params, _abstract(batch), self.trained)
+            self.traced[key] = stages.trace(self.loss, self.params, abstract(batch), self.trained)
         return self.traced[key]
 
     def stage(self, s: int, batch: Tree) -> stages.Stage:
@@ -83,7 +83,7 @@ class Pipeline:
         key = signature(batch)[0], s
         if key not in self.made:
             how = stages.How(self.compiled, self.plan.schedule == "zero-bubble", self.plan.recompute, self.remat)
-            self.made[key] = stages.stage(self.loss, self.params, _abstract(batch), self.parts(batch), self.ends[s],
+            self.made[key] = stages.stage(self.loss, self.params, abstract(batch), self.parts(batch), self.ends[s],
                                           self.ends[s + 1], self.trained, how)
         return self.made[key]
 
@@ -204,7 +204,7 @@ class _Run:
             self.box[schedule.peer(key) if own else key] = [results[out, n] for n in names]
 
 
-def _abstract(t: Tree, device: torch.device | None = None) -> Tree:
+def abstract(t: Tree, device: torch.device | None = None) -> Tree:
     """Tensors that have a shape only."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device or x.device)
@@ -218,8 +218,8 @@ def pipeline(loss: stages.Loss, params: Tree, frozen: Tree, batch: Tree, ranks: 
     params (trained), frozen and batch (a micro-batch) are read for their shapes only. remat: what each block keeps.
     """
     device = next(t.device for t in tree.leaves(batch) if isinstance(t, Tensor))
-    whole = _abstract(tree.merge(params, frozen), device)
-    pipe = Pipeline(loss, whole, {*tree.flatten(params)}, _abstract(batch), ranks, plan, backend, remat)
+    whole = abstract(tree.merge(params, frozen), device)
+    pipe = Pipeline(loss, whole, {*tree.flatten(params)}, abstract(batch), ranks, plan, backend, remat)
     shard.hold(pipe.holders, ranks)
     return pipe
 
@@ -231,48 +231,3 @@ def check(ranks: int, plan: Plan, mode: jit.Mode) -> None:
     if ranks > 1 and mode != "whole":
         raise ValueError(f"with pp {ranks} each stage is compiled as graphs of its own: there is no mode {mode!r} of "
                          "that, only 'whole'")
-
-
-@dataclass
-class Step:
-    """A training step in stages; see training()."""
-
-    pipe: Pipeline
-    tx: optim.Transform
-    compute: torch.dtype | None
-
-    @cached_property
-    def update(self) -> jit.Jitted:
-        """What follows the pipeline."""
-        return jit.jit(partial(_update, self.tx), "whole", self.pipe.backend, donate=True)
-
-    def __call__(self, state: Tree, batches: list[Tree]) -> tuple[Tree, Tree]:
-        """(state, micro-batches of an update) -> (new state, report); the state is updated in place."""
-        given = [optim.ready(state[k], self.compute) for k in ("params", "frozen")]
-        value, grads = self.pipe(*given, batches, state["scale"]["value"] if "scale" in state else 1.0)
-        return self.update(state, grads, value.sum())
-
-    def stats(self) -> list[dict]:
-        """Of all that was compiled, as of a jitted function."""
-        pieces = [p.call for s in self.pipe.made.values() for p in s.pieces.values()]
-        return [entry for call in (*pieces, self.update) for entry in call.stats()]
-
-
-def _update(tx: optim.Transform, state: Tree, grads: Tree, value: Tensor) -> tuple[Tree, Tree]:
-    grads = shard.unready(grads)
-    if "scale" in state:
-        grads = tree.map(lambda g: g / state["scale"]["value"], grads)
-    state = state | {"step": state["step"] + (tx.every - 1)}  # all calls of an update in one
-    return optim.apply(tx, grads, state, shard.total(value))
-
-
-def training(loss: stages.Loss, tx: optim.Transform, trained: Tree, frozen: Tree, batch: Tree, ranks: int,
-             plan: Plan = Plan(), *, compute: torch.dtype | None = None, backend: jit.Backend = "inductor",
-             remat: jit.Policy | None = None) -> Step:
-    """optim.step in stages, for all micro-batches of an update; from now on ranks have their stages' parameters.
-
-    trained, frozen: all parameters, as the mesh stores them. The state is the one that optim.init gives after this.
-    """
-    share = lambda p, b: shard.share(loss(p, shard.counted(b)))
-    given = [optim.ready(_abstract(p), compute) for p in (trained, frozen)]
-    return Step(pipeline(share, *given, batch, ranks, plan, backend=backend, remat=remat), tx, compute)

@@ -137,6 +137,12 @@ def without(tree: Tree, part: Tree) -> Tree:
     return unflatten({k: v for k, v in flatten(tree).items() if k not in taken}, tree)
 
 
+def split(tree: Tree, where: str | Callable[[str], bool]) -> tuple[Tree, Tree]:
+    """The leaves whose dotted name matches, as select has them, and the others."""
+    part = select(tree, where)
+    return part, without(tree, part)
+
+
 def merge(a: Tree, b: Tree) -> Tree:
     """The leaves of both, two parts of one tree; where both have one, b's.
 

@@ -38,19 +38,12 @@ class Args:
 
 def main(a: Args) -> None:
     with shard.world(device=a.device, flags=a, files=["model", "data"], out=a.out) as job:
-        rows = answered(a, job)
+        dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
+        m = answer.load(a.model, adapter=a.adapter, dtype=dtype, backend=a.backend, device=a.device, int8=a.int8)
+        asked = records.open(a.data, a.media)
+        which = range(len(asked))[: a.limit or None]
+        rows = answer.examine(m, asked, which, metric=a.metric, new=a.new, batch=a.batch, each=job.each)
         shard.alone(write, a, rows)
-
-
-def answered(a: Args, job: shard.Job) -> list[dict]:
-    """A row for each question."""
-    dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
-    m = answer.load(a.model, adapter=a.adapter, dtype=dtype, backend=a.backend, device=a.device, int8=a.int8)
-    asked = records.open(a.data, a.media)
-    which = range(len(asked))[: a.limit or None]
-    examine = lambda some: answer.examine(m, asked, some, metric=a.metric, new=a.new, batch=a.batch)
-    batches = [which[i : i + a.batch] for i in range(0, len(which), a.batch)]
-    return [row for rows in job.each(examine, batches) for row in rows]
 
 
 def write(a: Args, rows: list[dict]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from mmfunc import checkpoint, data, jit, lora, metrics, models, optim, random, relay, report, shard, tasks, tree
+from mmfunc import checkpoint, data, lora, metrics, models, optim, random, relay, report, shard, tasks, tree, update
 from mmfunc.profile import traced
 from mmfunc.tasks.language import Rows
 from mmfunc.tasks.pictures import Clips
@@ -70,39 +70,20 @@ class Args:
 def start(a: Args, task: Any) -> tuple[Any, Any, Any, Any, dict]:
     """(family, Config, batches, step, training state) before the first step."""
     (folder, family, c), key = task.model(a), random.key(a.seed)
-    declared = family.params(c)
+    declared, rule = family.params(c), a.train
     if a.lora.rank:
-        declared = lora.LoRA(declared, a.lora.rank, a.lora.where or task.LORA, a.lora.alpha)
-    shard.declare(declared)
+        declared, rule = lora.LoRA(declared, a.lora.rank, a.lora.where or task.LORA, a.lora.alpha), lora.TRAINED
     rate = optim.warmup(a.warmup, optim.cosine(a.lr, max(a.steps - a.warmup, 1), 0.01 * a.lr))
     parts = [optim.clip(a.clip), optim.adamw(0.9, 0.98), optim.decay(a.decay), optim.scale(rate)]
     tx = optim.accumulate(a.accumulate, optim.chain(*parts, *([optim.ema(a.ema)] if a.ema else [])))
-    source = task.batches(a, family, c)
-    shapes = _divided(a, shard.place(tree.abstract(declared)))
-    step = stepping(a, task, lambda p, batch: family.loss(p, c, batch), tx, shapes, source)
-    # now it is known which stages are here
-    params = models.start(folder, family, c, key if a.scratch else None, a.device)
-    if a.lora.rank:
-        paths = shard.place(tree.init(tree.select(declared, r"\.lora_"), key))
-        params = tree.merge(params, tree.put(paths, a.device))
-    return family, c, source, step, optim.init(tx, *_divided(a, params), fp16=a.dtype == "fp16")
-
-
-def _divided(a: Args, params: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
-    """(trained, frozen) parameters."""
-    trained = tree.select(params, lora.TRAINED if a.lora.rank else a.train)
-    return trained, tree.without(params, trained)
-
-
-def stepping(a: Args, task: Any, loss: Any, tx: optim.Transform, weights: tuple, source: Any) -> Any:
-    """(state, batch) -> (state, report); along --mesh.pp it takes all micro-batches of an update at once."""
-    if a.mesh.pp == 1:
-        return jit.jit(partial(optim.step, loss, tx, compute=DTYPES[a.dtype]), a.mode, a.backend, donate=True,
-                       buckets=task.signatures(a), remat=a.remat)
-    with shard.use(None):
-        batch = tree.put(source[0][0][0], a.device)
-    return relay.training(loss, tx, *weights, batch, a.mesh.pp, a.stages, compute=DTYPES[a.dtype], backend=a.backend,
-                          remat=a.remat)
+    shard.declare(declared)
+    source, shapes = task.batches(a, family, c), tree.split(shard.place(tree.abstract(declared)), rule)
+    first = lambda: tree.put(source[0][0][0], a.device)
+    step = update.step(lambda p, batch: family.loss(p, c, batch), tx, *shapes, first, a.mesh.pp, a.stages,
+                       compute=DTYPES[a.dtype], mode=a.mode, backend=a.backend, buckets=task.signatures(a),
+                       remat=a.remat)
+    params = models.start(folder, declared, key, a.device, scratch=a.scratch)
+    return family, c, source, step, optim.init(tx, *tree.split(params, rule), fp16=a.dtype == "fp16")
 
 
 def main(a: Args) -> int:
@@ -114,91 +95,52 @@ def main(a: Args) -> int:
 def run(a: Args, job: shard.Job) -> int:
     task = tasks.of(a.model)
     family, c, source, step, state = start(a, task)
-    # may be others when a run goes on
-    apart = "out", "workers", "save", "questions", "mesh", "stages", "patience", "device", "profile"
+    apart = "out", "workers", "save", "questions", "mesh", "stages", "patience", "device", "profile"  # free to change
     meta = json.loads(json.dumps({k: v for k, v in asdict(a).items() if k not in apart}, default=str))
-    found = checkpoint.restore(a.out / "checkpoints", state)
-    if found:
-        checkpoint.same(found[1], meta)
-        state, done = found[0], int(found[0]["step"]) // a.accumulate
-        print(*[f"skipped: {w}" for w in found[2]], f"going on after update {done}", sep="\n")
-    done = int(state["step"]) // a.accumulate
-    out = a.out / f"rank-{shard.rank()[0]}" if shard.rank()[0] else a.out  # the first rank's log is the run's
+    state, skipped = checkpoint.resume(a.out / "checkpoints", state, meta)
+    if done := int(state["step"]) // a.accumulate:
+        print(*[f"skipped: {w}" for w in skipped], f"going on after update {done}", sep="\n")
+    out = a.out / f"rank-{job.rank}" if job.rank else a.out  # the first rank's log is the run's
     watch = data.Watch(out / "bad_samples.jsonl")
     with metrics.Log(out, a.steps, metrics.config(asdict(a), a.device), resume=done, device=a.device) as log:
-        saver = checkpoint.Saver(a.out / "checkpoints", failed=partial(_unsaved, log))
+        saver = checkpoint.Saver(a.out / "checkpoints", failed=partial(log.failed, "save failed"))
 
-        def save(n: int) -> None:
+        def save(n: int) -> Any:
             with log.time("checkpoint"):
-                saver(n, state, meta)
-                job.saved(n, saver.running)
+                return saver(n, state, meta)
 
-        stream = _timed(data.stream(source, done, a.steps, a.workers), log, watch)
-        items = job.steps(stream, done, save, ahead=a.backend != "eager")
+        items = log.each("data_wait", data.stream(source, done, a.steps, a.workers, watch))
+        items = job.steps(items, done, save, ahead=a.backend != "eager")
         for number, micro, facts in traced(items, a.profile, out / "profile", a.device):
-            micro, facts = _complete(source, number, micro, facts, log, watch)
+            with log.time("data_wait"):
+                micro, facts = data.complete(source, number, micro, facts, watch)
             with log.time("compute"):
-                losses = []  # each micro-batch's part of the update's
-                for batch in [micro] if a.mesh.pp > 1 else micro:
-                    state, told = step(state, tree.put(batch, a.device))
-                    losses.append(told["loss"])
-                told = {k: v.item() for k, v in (told | {"loss": sum(losses)}).items()}
-            counts = {k: facts[k] * shard.part()[1] for k in ("tokens", "samples")}
-            log(number + 1, told | facts.get("told", {}), **counts)
+                state, told = step(state, micro)
+                told = {k: v.item() for k, v in told.items()}
+            log(number + 1, told | facts.get("told", {}), tokens=facts["tokens"], samples=facts["samples"])
             if not told["finite"]:
                 log.event("not finite", ids=facts["ids"])
             if told["in_a_row"] >= 5:
                 print("five updates in a row were not finite; see metrics.jsonl for their samples", file=sys.stderr)
                 return 4
             if (number + 1) % a.save == 0 or number + 1 == a.steps:
-                save(number + 1)
-                params = result(a, state)
-                with log.time("checkpoint"), job.at("show"):
-                    shard.alone(task.show, a, family, c, params, number + 1)
+                job.save(number + 1)
+                with log.time("checkpoint"):
+                    job.alone(task.show, a, family, c, result(a, state), number + 1)
                     report.write(out)
-        saver.failed = None if job.stopped else saver.failed  # exit code 75 says that all is saved
-        saver.close()
+        saver.close(strict=job.stopped)  # exit code 75 says that all is saved
         if job.stopped:
             return 75
         for entry in step.stats():
             log.event("compile", **entry)
     report.write(out)
-    params = result(a, state)
-    with job.at("show"):
-        shard.alone(task.export, a, family, c, params)
+    job.alone(task.export, a, family, c, result(a, state))
     return 0
 
 
 def result(a: Args, state: tree.Tree) -> tree.Tree:
     """The whole parameters that training has arrived at, or their running mean."""
     return shard.whole(tree.merge(optim.averaged(state), state["frozen"]) if a.ema else optim.full(state))
-
-
-def _complete(source: Any, number: int, micro: list, facts: dict, log: metrics.Log, watch: data.Watch) -> tuple:
-    """(micro-batches, facts) of a batch that ranks with the same samples may have to encode together."""
-    if "pixels" in facts:
-        with log.time("data_wait"):
-            micro, facts = source.together(number, facts)
-        watch(number, facts)
-    return micro, facts
-
-
-def _unsaved(log: metrics.Log, error: checkpoint.SaveError) -> None:
-    """Training goes on when a checkpoint cannot be written; it is told, and the earlier ones are intact."""
-    log.event("save failed", reason=str(error))
-    print(error, file=sys.stderr)
-
-
-def _timed(stream: Any, log: metrics.Log, watch: data.Watch) -> Any:
-    """The items of a stream, the waiting for each counted as data wait."""
-    stream = iter(stream)
-    while True:
-        with log.time("data_wait"), shard.use(None):  # encoders may run there
-            item = next(stream, None)
-        if item is None:
-            return
-        watch(item[0], item[2])
-        yield item
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfunc import jit, lora, models, nn, optim, random, relay, shard, tree
+from mmfunc import jit, lora, models, nn, optim, random, shard, tree, update
 from mmfunc.relay import Plan
 from mmfunc.shard import layout
 from mmfunc.shard.mesh import BATCH, Mesh
@@ -296,7 +296,7 @@ def stepping(name: str, tx: optim.Transform, params: Tree, frozen: Tree, which: 
     if pp == 1:
         return partial(optim.step, loss, tx), batch
     batches = [one.batch([i]) | {"num_items_in_batch": batch["num_items_in_batch"]} for i in which]
-    return relay.training(loss, tx, params, frozen, batches[0], pp, plan, backend="eager"), batches
+    return update.step(loss, tx, params, frozen, lambda: batches[0], pp, plan, backend="eager"), batches
 
 
 def staged(name: str, plan: Plan, params: Tree, frozen: Tree, which: list[int], names: tuple[str, ...]) -> tuple:

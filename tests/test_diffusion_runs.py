@@ -107,7 +107,7 @@ def trained(a):
     _, _, source, step, state = train.start(a, pictures)
     losses = []
     for _, micro, _ in data.stream(source, 0, a.steps):
-        losses.append(sum(step(state, b)[1]["loss"].item() for b in micro))
+        losses.append(step(state, micro)[1]["loss"].item())
     return losses, tree.leaves(state["params"]) + tree.leaves(optim.averaged(state))
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.pipelining import schedules as torchs
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mmfunc import jit, optim, relay, shard, stages, tree
+from mmfunc import jit, optim, relay, shard, stages, tree, update
 from mmfunc.relay import Plan
 from mmfunc.shard import schedule
 from mmfunc.shard.schedule import Action, build, places, simulate
@@ -206,7 +206,7 @@ def on_mesh(mesh, rank, case):
     try:
         with shard.use(shard.connect(mesh), meshes.declared(case)):
             params = shard.place(meshes.case(case).params)
-            yield relay.training(loss_of(case), TX, params, None, wanted(case)[0][0], 2, backend="eager").pipe, params
+            yield update.step(loss_of(case), TX, params, None, lambda: wanted(case)[0][0], 2, backend="eager").pipe, params
     finally:
         dist.destroy_process_group()
 

@@ -17,7 +17,7 @@ FLOORS = [  # a file imports from its own floor or a lower one
     {"diffusion", "sampler", "schedulers", "solvers", "multistep", "text", "lora", "quant", "optim", "jit", "grad",
      "signature", "teacache", "prefetch",
      "lower", "checkpoint", "hub", "data", "records", "metrics", "report", "score", "processor", "generate", "clips", "features", "online", "packs",
-     "prompts", "gallery", "stages", "relay", "machines", "parts", "picture", "plan", "search", "work",
+     "prompts", "gallery", "stages", "relay", "update", "machines", "parts", "picture", "plan", "search", "work",
      "profile"},
     {"models"},
     {"answer", "doctor", "example", "recipes", "bundle", "pipeline", "render"},

@@ -71,11 +71,14 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu", *,
     return module, c, shard.filled(params) if parts else params
 
 
-def start(folder: Path, module: ModuleType, c: Any, key: Tensor | None, device: str = "cpu") -> Tree:
-    """What training starts from, this rank's part of it in float32: random parameters by a key, or the folder's, of
-    which those of other stages have a shape only."""
-    return load(folder, torch.float32, device, parts=True)[2] if key is None else tree.put(
-        shard.place(tree.init(module.params(c), key)), device)
+def start(folder: Path, declared: Tree, key: Tensor, device: str = "cpu", *, scratch: bool = False) -> Tree:
+    """What training starts from, this rank's part of it in float32; of what other stages have, shapes only.
+
+    What is declared beyond the folder's parameters, such as low-rank paths, is random by the key; with scratch all is.
+    """
+    known = {} if scratch else load(folder, torch.float32, device, parts=True)[2]
+    drawn = shard.place(tree.init(tree.without(declared, known), key))
+    return tree.merge(known, tree.put(drawn, device))
 
 
 def export(folder: Path, module: ModuleType, c: Any, params: Tree, *, like: Path | None = None,

@@ -106,27 +106,18 @@ def attention(p: Tree, x: Tensor, past: Tree) -> tuple[Tensor, Tree]:
 
 
 def down(p: Tree, x: Tensor, past: Tree) -> tuple[Tensor, Tree]:
-    """Halve the sides, and perhaps the frames: those behind the first one, which stays as it is."""
-    x = nn.halve(p["down"], x)
-    if "time" not in p:
-        return x, {}
-    later, seen = {"time": x[:, :, -1:].clone()}, nn.behind(past.get("time"), x)
-    if seen.shape[2] == 1:
-        return x, later
-    y = nn.conv(p["time"], seen, stride=(2, 1, 1))
-    return y if past else torch.cat([x[:, :, :1], y], 2), later
+    """Halve the sides, and perhaps the frames."""
+    x, later = nn.halve(p["down"], x), {}
+    if "time" in p:
+        x, later["time"] = nn.halve_frames(p["time"], x, past.get("time"))
+    return x, later
 
 
 def up(p: Tree, x: Tensor, past: Tree) -> tuple[Tensor, Tree]:
-    """Double the sides, and perhaps the frames: those behind the first one, of which they know nothing here."""
+    """Double the sides, and perhaps the frames."""
     later = {}
     if "time" in p:
-        first, rest = (x[:, :, :0], x) if past else (x[:, :, :1], x[:, :, 1:])
-        later["time"] = torch.cat([torch.zeros_like(first, memory_format=torch.channels_last_3d)] * 2, 2)
-        if rest.shape[2]:
-            rest, later["time"] = nn.causal(p["time"], rest, past.get("time"))
-            rest = rest.movedim(1, -1).unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2).movedim(-1, 1)
-        x = rest if past else torch.cat([first, rest], 2)
+        x, later["time"] = nn.double_frames(p["time"], x, past.get("time"))
     return nn.double(p["up"], x), later
 
 
@@ -143,7 +134,7 @@ KINDS = {"conv1": resnet, "qkv": attention, "down": down, "up": up, "conv": edge
 def block(p: Tree, c: Config, x: Tensor, ctx: Tree, entry: Tree | None = None) -> Any:
     """Any layer: its tree says of which kind it is. [B, C, T, Y, X] -> [B, C', T', Y', X'], and what it remembers."""
     kind = next(fn for name, fn in KINDS.items() if name in p)
-    x, later = kind(p, x, nn.earlier(entry))
+    x, later = kind(p, x, entry or {})
     return x if entry is None else (x, later)
 
 

@@ -68,19 +68,6 @@ def causal(p: Tree, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tens
     return _conv(p, seen, 1, padding), later
 
 
-def earlier(entry: Tree | None) -> Tree:
-    """What a layer remembers of the frames before x: what a cache has, or something, but no tensors, where these frames
-    are on another rank."""
-    return entry or ({"elsewhere": ()} if shard.parted() and not shard.first() else {})
-
-
-def behind(past: Tensor | None, x: Tensor) -> Tensor:
-    """x [B, C, T, Y, X] with the last frame before it, if there is one."""
-    if shard.parted():
-        return shard.later(x, 1, 0)
-    return x if past is None else torch.cat([past, x], 2)
-
-
 def halving(layers: Iterable[Tree]) -> int:
     """By how much layers divide the number of frames: each that has a convolution `down` and one in `time` by two."""
     return 2 ** sum("down" in layer and "time" in layer for layer in layers)
@@ -107,6 +94,36 @@ def double(p: Tree, x: Tensor) -> Tensor:
         return _last(wide.call(F.conv_transpose2d, _last(x), taps, p.get("bias"), 2, (less, 1)))
     taps = taps.unsqueeze(2)
     return _last(wide.call(F.conv_transpose3d, _last(x), taps, p.get("bias"), (1, 2, 2), (0, less, 1)))
+
+
+def halve_frames(p: Tree, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Half the frames, but for the first of all, which stays as it is, by a convolution over three: [B, C, T, Y, X] ->
+    T / 2, and the next call's past. past [B, C, 1, Y, X]: the frame before x, if there is one."""
+    if shard.parted():
+        seen = shard.later(x, 1, 0)
+    else:
+        seen = x if past is None else torch.cat([past, x], 2)
+    later = x[:, :, -1:].clone()
+    if seen.shape[2] == 1:
+        return x, later
+    y = conv(p, seen, stride=(2, 1, 1))
+    return y if _begun(past) else torch.cat([x[:, :, :1], y], 2), later
+
+
+def double_frames(p: Tree, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each frame becomes two, but for the first of all, of which the others know nothing, by a causal convolution to
+    twice the channels: [B, C, T, Y, X] -> 2T, and the next call's past. past [B, C, 2, Y, X]: the frames before x."""
+    first, rest = (x[:, :, :0], x) if _begun(past) else (x[:, :, :1], x[:, :, 1:])
+    later = torch.cat([torch.zeros_like(first, memory_format=torch.channels_last_3d)] * 2, 2)
+    if rest.shape[2]:
+        rest, later = causal(p, rest, past)
+        rest = rest.movedim(1, -1).unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2).movedim(-1, 1)
+    return rest if _begun(past) else torch.cat([first, rest], 2), later
+
+
+def _begun(past: Tensor | None) -> bool:
+    """Whether there are frames before these, be it on another rank."""
+    return not shard.first() if shard.parted() else past is not None
 
 
 def GroupNorm(c: int) -> Tree:

@@ -104,9 +104,15 @@ class Job:
         yield
         self.mark("after")
 
-    def saved(self, number: int, written: Future | None) -> None:
-        """So many updates are done, and on their way to the disk."""
-        self.number, self.kept, self.written = number, number, written
+    def save(self, number: int) -> None:
+        """Have saved, as steps() was told, that so many updates are done."""
+        self.written = self.saving(number)
+        self.number = self.kept = number
+
+    def alone(self, fn: Callable, *args: object) -> None:
+        """fn of whole tensors, run by the first rank, for which the others wait as long as it takes."""
+        with self.at("show"):
+            state.alone(fn, *args)
 
     def everyone(self, error: Exception | None, said: Any) -> list:
         """What each rank says; an error of one of them is raised by all."""
@@ -117,14 +123,15 @@ class Job:
             raise Agreed("; ".join(wrong[:3])) from error
         return [x for _, x in told]
 
-    def steps(self, stream: Iterable, done: int, save: Callable[[int], None], *, ahead: bool) -> Iterator:
+    def steps(self, stream: Iterable, done: int, save: Callable[[int], Future], *, ahead: bool) -> Iterator:
         """The items (number, micro-batches, facts) of a stream, each when all ranks have theirs. It ends too, with
         `stopped` and what was done saved, where one of them is asked to stop.
 
-        ahead: save what was done before a batch of new shapes, the compilation of which cannot be broken off.
+        save: starts to save what is done, so many updates. ahead: also before a batch of new shapes, the compilation of
+        which cannot be broken off.
         """
         stream, known = iter(stream), set()
-        self.number = self.kept = done
+        self.saving, self.number, self.kept = save, done, done
         while True:
             item, error = self._next(stream)
             new = str([tree.map(lambda t: tuple(t.shape), m) for m in item[1]]) if item else ""
@@ -133,7 +140,7 @@ class Job:
             self.stopped, over, fresh = (any(x) for x in zip(*said))
             if (self.stopped or fresh and not over) and self.number > self.kept:
                 self.mark("checkpoint")
-                save(self.number)
+                self.save(self.number)
             if self.stopped or over:
                 return
             known.add(new)
