@@ -119,7 +119,7 @@ def double(p: Tree, c: Config, x: tuple[Tensor, Tensor], ctx: Tree) -> tuple[Ten
     """Two streams with their own weights and one joint attention."""
     streams = [(p[n], h, offsets(p[n]["offsets"], ctx, 6)) for n, h in zip(("text", "image"), x)]
     parts = [nn.qkv(nn.unpaired(s["attention"], c.k), nn.adaln(h, m[0], m[1]), c.k) for s, h, m in streams]
-    heads = attend(*(torch.cat(t, 1) for t in zip(*parts)), ctx).split([t[0].shape[1] for t in parts], 1)
+    heads = nn.joint(parts, lambda q, k, v: attend(q, k, v, ctx))
     out = []
     for (s, h, m), y in zip(streams, heads):
         h = nn.gated(h, nn.merge(s["attention"], y), m[2])

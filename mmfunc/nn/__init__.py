@@ -7,7 +7,7 @@ Dimensions: B batch, S sequence, L context, D width, H heads, G key heads, K hea
 C channels, T Y X time and space. Activations are [B, S, D]; queries, keys and values are [B, S, H, K].
 """
 
-from mmfunc.nn.attention import Attention, attend, kv, merge, qkv, query, remember
+from mmfunc.nn.attention import Attention, attend, joint, kv, merge, qkv, query, remember
 from mmfunc.nn.basic import (
     MLP,
     Embed,

@@ -1,5 +1,6 @@
 """The maps around attention, and what a layer remembers of earlier tokens."""
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -60,6 +61,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, segments: S
     if shard.block() is None:
         return kernels.attend(q, k, v, causal=causal, segments=segments, start=start, scale=scale, bias=bias)
     return shard.attention(q, k, v, causal=causal, segments=segments, scale=scale, bias=bias)
+
+
+def joint(parts: Sequence[tuple[Tensor, Tensor, Tensor]], attend: Callable) -> tuple[Tensor, ...]:
+    """Streams that attend as one sequence, (q, k, v) [B, S, H, K] of each: their heads [B, S, H, K]."""
+    return attend(*(torch.cat(t, 1) for t in zip(*parts))).split([q.shape[1] for q, _, _ in parts], 1)
 
 
 def merge(p: Tree, y: Tensor) -> Tensor:
