@@ -61,7 +61,8 @@ struct Sight {
   long start;
   const int32_t* row_ids;
   std::vector<int32_t> lane_ids;  // padded; empty without segments
-  std::vector<Span> spans;        // of the lanes of each vector
+  std::vector<Span> spans, wide;  // of the lanes of each vector, and of each MANY
+  static constexpr int MANY = 8 * W;
 
   Sight(const Problem& p, long b, bool turned)
       : count(turned ? p.keys : p.queries), lanes(turned ? p.queries : p.keys), causal(p.causal), turned(turned),
@@ -72,6 +73,7 @@ struct Sight {
     lane_ids.assign(up(lanes, W), 0);
     std::copy_n(turned ? q : k, lanes, lane_ids.begin());
     for (int i = 0; i < lanes; i += W) spans.push_back(Span::of(&lane_ids[i], W));
+    for (int i = 0; i < lanes; i += MANY) wide.push_back(Span::of(&lane_ids[i], std::min<int>(MANY, up(lanes, W) - i)));
   }
   int first(int row) const { return causal && turned ? int(std::max(0L, row - start)) : 0; }
   int last(int row) const { return causal && !turned ? int(std::min(long(lanes), row + start + 1)) : lanes; }
@@ -83,8 +85,10 @@ struct Sight {
     int end = std::min(r + n, count), from = std::max(a, first(r)) / W * W, to = std::min(b, last(end - 1));
     bool whole = r + n <= count && from >= first(end - 1) && to <= last(r) && to % W == 0;
     if (row_ids) {
-      while (from < to && !mine.meets(spans[from / W])) from += W;
-      while (from < to && !mine.meets(spans[(to - 1) / W])) to = (to - 1) / W * W;
+      while (from < to && !mine.meets(spans[from / W]))
+        from = from % MANY || mine.meets(wide[from / MANY]) ? from + W : from + MANY;
+      while (from < to && !mine.meets(spans[(to - 1) / W]))
+        to = to % MANY || mine.meets(wide[(to - 1) / MANY]) ? (to - 1) / W * W : to - MANY;
       for (int i = from; i < to && whole; i += W) whole = mine.only(spans[i / W]);
     }
     return {from, to, whole};
@@ -111,9 +115,10 @@ struct Sight {
 
 // ---- forward
 
-// One strip: scores s [ROWS, n] become weights p; the running maximum m and sum l go on, and what o had is scaled.
+// One strip: scores s [ROWS, n] become weights p; the running maximum m and sum l go on, and what o had is scaled, but
+// for the first time, when it has nothing yet.
 template <class C>
-void softmax(const float* s, int n, float scale, float* m, float* l, float* o, int columns, C* p) {
+void softmax(const float* s, int n, float scale, float* m, float* l, float* o, int columns, bool first, C* p) {
   for (int i = 0; i < ROWS<C>; i++, s += TILE, p += TILE, o += columns) {
     vec high = all(HIDDEN);
     for (int j = 0; j < n; j += W) high = max(high, load(s + j));
@@ -127,7 +132,7 @@ void softmax(const float* s, int n, float scale, float* m, float* l, float* o, i
     const float keep = top == m[i] ? 1 : m[i] == NONE ? 0 : exp2f(m[i] - top);
     l[i] = l[i] * keep + fold(sum, [](vec a, vec b) { return a + b; });
     m[i] = top;
-    if (keep != 1)
+    if (keep != 1 && !first)
       for (int j = 0; j < columns; j += W) store(o + j, load(o + j) * keep);
   }
 }
@@ -143,17 +148,17 @@ void forward(const Problem& p, const Sight& sight, long b, long head, int first,
   float *m = scratch<float>(6, 2 * QUERIES), *l = m + QUERIES;
   uint32_t* w = scratch(7, ROWS<C> * TILE);
   rows<C>(p.at<T>(p.q, b, first, head), p.q.row, count, p.width, q, units, strips);
-  std::fill_n(o, strips * columns, 0.f);
+  bool begun[QUERIES / ROWS<C> + 1] = {};  // of each strip, whether o has something
   std::fill_n(m, strips, NONE);
   std::fill_n(l, strips, 0.f);
   for (int key = 0; key < p.keys; key += TILE) {
     const int n = std::min<long>(TILE, p.keys - key), padded = up(n, W);
     Lanes seen = sight.see(first, count, ids, key, key + n);
     if (seen.from >= seen.to) continue;
-    rows<C>(p.at<T>(p.k, b, key, group), p.k.row, n, p.width, plain, units, padded);
-    Packed keys = turned(plain, units, padded, kt);
-    rows<C>(p.at<T>(p.v, b, key, group), p.v.row, n, p.width, plain, units, padded);
-    Packed values = joined<C>(plain, padded, columns, vj);
+    const Rows k = laid<C>(p.at<T>(p.k, b, key, group), p.k.row, n, p.width, plain, units, padded);
+    const Packed keys = turned(k, units, padded, kt);
+    const Rows v = laid<C>(p.at<T>(p.v, b, key, group), p.v.row, n, p.width, plain, units, padded);
+    const Packed values = joined<C>(v, padded, columns, vj);
     for (int r = 0; r < strips; r += ROWS<C>) {
       const Span mine = sight.ids(first + r, ROWS<C>);
       Lanes at = sight.see(first + r, ROWS<C>, mine, key, key + n);
@@ -161,14 +166,22 @@ void forward(const Problem& p, const Sight& sight, long b, long head, int first,
       int from = at.from - key, to = up(at.to - key, W);
       multiply<C, false>(q + r * units, units, keys, 0, units, from, to, s, TILE);
       if (!at.whole) sight.hide(first + r, ROWS<C>, mine, at, key, s, TILE);
-      softmax<C>(s + from, to - from, scale * LOG2E, m + r, l + r, o + r * columns, columns, (C*)w + from);
-      multiply<C, true>(w, TILE / PAIR<C>, values, from / PAIR<C>, to / PAIR<C>, 0, columns, o + r * columns, columns);
+      bool& more = begun[r / ROWS<C>];
+      float* sums = o + r * columns;
+      softmax<C>(s + from, to - from, scale * LOG2E, m + r, l + r, sums, columns, !more, (C*)w + from);
+      if (more) multiply<C, true>(w, TILE / PAIR<C>, values, from / PAIR<C>, to / PAIR<C>, 0, columns, sums, columns);
+      else multiply<C, false>(w, TILE / PAIR<C>, values, from / PAIR<C>, to / PAIR<C>, 0, columns, sums, columns);
+      more = true;
     }
   }
-  for (int i = 0; i < count; i++) {
-    // a row that sees nothing gives 0; NaN stays NaN
+  for (int r = 0; r < strips; r += ROWS<C>)
+    if (!begun[r / ROWS<C>]) std::fill_n(o + r * columns, ROWS<C> * columns, 0.f);
+  float* lse = p.lse + (b * p.heads + head) * p.queries + first;
+  for (int i = 0; i < count; i++)  // a row that sees nothing gives 0; NaN stays NaN
     put(o + i * columns, l[i] == 0 ? 0 : 1 / l[i], p.at<T>(p.out, b, first + i, head), p.width);
-    p.lse[(b * p.heads + head) * p.queries + first + i] = l[i] == 0 ? -HIDDEN : float(m[i] / double(LOG2E) + std::log(double(l[i])));
+  for (int i = 0; i < count; i++) {  // of float32 the last bit counts
+    const float found = PAIR<C> == 1 ? m[i] / double(LOG2E) + std::log(double(l[i])) : (m[i] + log2f(l[i])) / LOG2E;
+    lse[i] = l[i] == 0 ? -HIDDEN : found;
   }
 }
 
@@ -208,7 +221,7 @@ template <class C> struct Backward {
     key = first, n = count;
     rows<C>(p.at<T>(p.k, b, key, group), p.k.row, n, p.width, k, units, BLOCK);
     rows<C>(p.at<T>(p.v, b, key, group), p.v.row, n, p.width, v, units, BLOCK);
-    keys = joined<C>(k, up(n, W * PAIR<C>), columns, kj);
+    keys = joined<C>({k, units}, up(n, W * PAIR<C>), columns, kj);
     std::fill_n(dk, BLOCK * columns, 0.f);
     std::fill_n(dv, BLOCK * columns, 0.f);
   }
@@ -216,10 +229,10 @@ template <class C> struct Backward {
   template <class T> void take_queries(long b, long head, int first, int count) {
     query = first, m = count;
     const int lanes = up(m, W);
-    rows<C>(p.at<T>(p.q, b, query, head), p.q.row, m, p.width, plain, units, lanes);
-    queries = turned(plain, units, lanes, qt), queries_joined = joined<C>(plain, lanes, columns, qj);
-    rows<C>(p.at<T>(p.grad, b, query, head), p.grad.row, m, p.width, plain, units, lanes);
-    grads = turned(plain, units, lanes, gt), grads_joined = joined<C>(plain, lanes, columns, gj);
+    Rows from = laid<C>(p.at<T>(p.q, b, query, head), p.q.row, m, p.width, plain, units, lanes);
+    queries = turned(from, units, lanes, qt), queries_joined = joined<C>(from, lanes, columns, qj);
+    from = laid<C>(p.at<T>(p.grad, b, query, head), p.grad.row, m, p.width, plain, units, lanes);
+    grads = turned(from, units, lanes, gt), grads_joined = joined<C>(from, lanes, columns, gj);
     const long row = (b * p.heads + head) * p.queries + query;
     for (int i = 0; i < lanes; i++) {
       lse[i] = i < m ? p.lse[row + i] * UNIT : -HIDDEN;

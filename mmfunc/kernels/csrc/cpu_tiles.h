@@ -147,10 +147,26 @@ void rows(const T* from, long stride, int count, int width, uint32_t* to, int un
     const int n = i < count ? width : 0;
     if (i + 8 < count)  // rows of one head lie too far apart for the machine to foresee them
       for (int j = 0; j < width; j += 64 / sizeof(T)) __builtin_prefetch(from + 8 * stride + j);
-    if constexpr (sizeof(T) == sizeof(C)) std::memcpy(to, from, sizeof(C) * n);
-    else for (int j = 0; j < n; j++) row[j] = wide(from[j]);
-    std::memset(row + n, 0, sizeof(uint32_t) * units - sizeof(C) * n);
+    if constexpr (sizeof(T) == sizeof(C)) {
+      constexpr int some = W * PAIR<C>;
+      int j = 0;
+      for (; j + some <= n; j += some) write(row + j, read<uvec>(from + j));
+      if (j < n) std::memcpy(row + j, from + j, sizeof(C) * (n - j));
+    } else for (int j = 0; j < n; j++) row[j] = wide(from[j]);
+    if (n < units * PAIR<C>) std::memset(row + n, 0, sizeof(uint32_t) * units - sizeof(C) * n);
   }
+}
+
+struct Rows { const uint32_t* data; long apart; };  // rows of units, so many units apart
+
+// What rows() makes, or the rows where they are if they are such already: to be read by whole vectors.
+template <class C, class T>
+Rows laid(const T* from, long stride, int count, int width, uint32_t* to, int units, int total) {
+  if constexpr (sizeof(T) == sizeof(C))
+    if (count == total && width == units * PAIR<C> && stride % PAIR<C> == 0)
+      return {(const uint32_t*)from, stride / PAIR<C>};
+  rows<C>(from, stride, count, width, to, units, total);
+  return {to, units};
 }
 
 // A row of sums, times a factor, as numbers of T.
@@ -169,28 +185,37 @@ struct Packed {  // the right side of a product, in panels of PANEL columns (the
   uint32_t* panel(int column) const { return data + long(column) * units; }  // column: a multiple of PANEL
 };
 
+// Fetch some rows: those of one head lie too far apart for the machine to foresee them.
+inline void ahead(Rows from, int first, int count, int units) {
+  for (int i = first; i < first + count; i++)
+    for (int j = 0; j < units; j += W) __builtin_prefetch(from.data + i * from.apart + j);
+}
+
 // Rows become columns: [columns, units] -> [units, columns].
-inline Packed turned(const uint32_t* from, int units, int columns, uint32_t* to) {
+inline Packed turned(Rows from, int units, int columns, uint32_t* to) {
   Packed b{to, units, columns};
   for (int n = 0; n < columns; n += W) {
+    if (n + W < columns) ahead(from, n + W, W, units);
     int width = b.width(n / PANEL * PANEL);
     uint32_t* panel = b.panel(n / PANEL * PANEL) + n % PANEL;
     for (int u = 0; u < units; u += W)
-      transpose([&](int i) { return read<uvec>(from + long(n + i) * units + u); }, panel + long(u) * width, width,
+      transpose([&](int i) { return read<uvec>(from.data + (n + i) * from.apart + u); }, panel + long(u) * width, width,
                 units - u);
   }
   return b;
 }
 
 // Rows stay rows, PAIR<C> of them to a unit: [count, columns] -> [count / PAIR, columns].
-template <class C> Packed joined(const uint32_t* from, int count, int columns, uint32_t* to) {
+template <class C> Packed joined(Rows from, int count, int columns, uint32_t* to) {
   Packed b{to, count / PAIR<C>, columns};
   for (int n = 0; n < columns; n += PANEL) {
     int width = b.width(n);
     uint32_t* panel = b.panel(n);
-    for (int r = 0; r < count; r += PAIR<C>)
+    for (int r = 0; r < count; r += PAIR<C>) {
+      if (r + 8 < count) ahead(from, r + 8, PAIR<C>, columns / PAIR<C>);
       for (int j = 0; j < width; j += W, panel += W)
-        write(panel, unit((const C*)from + long(r) * columns + n + j, columns));
+        write(panel, unit((const C*)(from.data + r * from.apart) + n + j, from.apart * PAIR<C>));
+    }
   }
   return b;
 }
