@@ -79,10 +79,18 @@ def described() -> dict[str, str | int]:
             "float32": ", ".join(str(t).removeprefix("torch.") for t in wide.slow()) or "none"}
 
 
-def best_time(graph: dict[str, int], can: dict[str, float]) -> float:
-    """Seconds that a graph takes at the least: each kind of kernel at its rate, and each argument read once.
+def waits() -> str:
+    """What OpenMP's threads do while they wait: those that sleep at once cost short steps, and spare other processes."""
+    policy, spins = (os.environ.get(n) for n in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
+    return f"spin {spins} times" if spins else policy or "as OpenMP has it"
 
-    What is written, and all that lies between the products, is taken as free: the real limit is higher.
+
+def best_time(graph: dict[str, int], can: dict[str, float]) -> float:
+    """Seconds that a graph takes at the least: each kind of kernel at its rate, each argument read once, and those that
+    are renewed copied.
+
+    All that lies between the products is taken as free: the real limit is higher.
     """
     work = sum(graph[k] / can[k] for k in ("gemm", "conv", "attention"))
-    return graph["times"] * (work + graph["bytes"] / can["read"])
+    new = graph["renewed"]
+    return graph["times"] * (work + (graph["bytes"] - new) / can["read"] + 2 * new / can["copy"])

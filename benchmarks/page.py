@@ -41,8 +41,10 @@ def scaled(said: dict[str, Any]) -> str:
     """What scaling.py found, of the parts that were measured."""
     out = []
     if packed := said.get("packed"):
-        each = ", ".join(f"{n}: {t} us a token" for n, t in zip(packed["tokens"], packed["us_per_token"]))
-        out.append(f"- Packed rows of 512-token segments: {each};\n  last over first {packed['last_over_first']}.")
+        for what, key in (("loss and gradients", ""), ("the whole step, with its optimizer", "step_")):
+            each = ", ".join(f"{n}: {t} us a token" for n, t in zip(packed["tokens"], packed[f"{key}us_per_token"]))
+            out.append(f"- Packed rows of 512-token segments, {what}: {each};\n  last over first "
+                       f"{packed[f'{key}last_over_first']}.")
     if depth := said.get("depth"):
         layers = ", ".join(f"{r['layers']}: {r['compile_cpu_s']}" for r in depth["rows"])
         out.append(f"- Compile CPU seconds in block mode by layers: {layers}; {depth['ratio']} over all.")
@@ -87,11 +89,13 @@ def write(said: dict[str, Any], folder: Path, more: list[str]) -> None:
     first, rate = works["W1"]["peers"]["mmfunc"], {k: f"{v / 1e9:.0f}" for k, v in can.items()}
     reads = f", {works['W5']['read_gb_s']} GB/s" if "read_gb_s" in works.get("W5", {}) else ""
     versions = ", ".join(f"{k} {v}" for k, v in said["versions"].items())
+    waits = "; ".join(sorted({*said.get("waits", {}).values()})) or "not known"
     shares = ["", "GFLOP", "GFLOP a core-second", "fraction of roofline", "temporary memory / eager", "with the state"]
     text = f"""# Benchmarks
 
 {said["date"]}: {m["cpu"]}, {m["cores"]} cores, {m["threads"]} threads; {versions}.
 This page shows [the results](../benchmarks/results) of `benchmarks/suite.py`, {said["minutes"]} minutes of bf16 runs.
+OpenMP's threads while they wait: {waits}.
 Not measured: {", ".join([n for n in workloads.WORKS if n not in works] + more) or "nothing"}.
 
 Each side of a workload is a process of its own, with the same weights and batches; they take turns,
@@ -104,7 +108,8 @@ and their float32 losses or outputs were equal to 1e-4 before (of int8: to 0.1).
 
 This machine does {rate["gemm"]} GFLOP/s in matrix products, {rate["conv"]} in convolutions, {rate["attention"]} in
 attention (there and back), each by the faster of our way and PyTorch's, and reads {can["read"] / 1e9:.1f} GB/s. The
-best possible time of a graph is its FLOPs at these rates and each argument read once; all else is taken as free. For
+best possible time of a graph is its FLOPs at these rates, each argument read once, and what a training step renews
+(parameters and moments) copied at {can["copy"] / 1e9:.1f} GB/s; all else is taken as free. For
 W5 the figure is the share of the bandwidth of reading that was measured in turn with it{reads}. Done in float32 for want of instructions: {m.get("float32", "-")}.
 
 ![roofline](roofline.svg)

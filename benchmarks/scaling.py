@@ -41,8 +41,8 @@ def versions() -> dict[str, str]:
     return out
 
 
-def stepper(c: qwen2.Config, rows: int, tokens: int, segment: int) -> Any:
-    """A call of a training step in bfloat16 on rows of packed segments."""
+def stepper(c: qwen2.Config, rows: int, tokens: int, segment: int, *, update: bool = True) -> Any:
+    """A call of a training step in bfloat16 on rows of packed segments, or of its loss and gradients alone."""
     tx = optim.chain(optim.adamw(), optim.scale(1e-4))
     shard.declare(qwen2.params(c))
     state = optim.init(tx, shard.place(tree.init(qwen2.params(c), random.key(0), torch.bfloat16)))
@@ -50,17 +50,24 @@ def stepper(c: qwen2.Config, rows: int, tokens: int, segment: int) -> Any:
     batch = {"input_ids": ids, "labels": ids, "attention_mask": (torch.arange(tokens) // segment + 1).expand(rows, -1),
              "position_ids": (torch.arange(tokens) % segment).expand(rows, -1),
              "num_items_in_batch": torch.tensor(rows * (tokens - tokens // segment))}
-    step = jit.jit(partial(optim.step, lambda p, b: qwen2.loss(p, c, b), tx), donate=True, remat="dots")
+    loss = lambda p, b: qwen2.loss(p, c, b)
+    if not update:
+        call = jit.jit(jit.value_and_grad(loss), remat="dots")
+        return lambda: call(state["params"], batch)[0].item()
+    step = jit.jit(partial(optim.step, loss, tx), donate=True, remat="dots")
     return lambda: step(state, batch)[1]["loss"].item()
 
 
 def tokens(runs: int = 5) -> dict[str, Any]:
-    """Microseconds a token of a training step on rows of 512-token segments."""
-    lengths = 512, 1024, 2048, 4096
-    found = turns({str(n): stepper(SMALL, 1, n, 512) for n in lengths}, runs)
-    each = [1e6 * row(found[str(n)])["median_s"] / n for n in lengths]
-    return {"tokens": lengths, "us_per_token": [round(x, 1) for x in each],
-            "last_over_first": round(each[-1] / each[0], 3)}
+    """Microseconds a token of loss and gradients on rows of 512-token segments, and of the whole step, in which the
+    optimizer takes as long for few tokens as for many."""
+    lengths, out = (512, 1024, 2048, 4096), {}
+    for name, update in (("", False), ("step_", True)):
+        found = turns({str(n): stepper(SMALL, 1, n, 512, update=update) for n in lengths}, runs)
+        each = [1e6 * row(found[str(n)])["median_s"] / n for n in lengths]
+        out |= {f"{name}us_per_token": [round(x, 1) for x in each],
+                f"{name}last_over_first": round(each[-1] / each[0], 3)}
+    return {"tokens": lengths} | out
 
 
 def shards(folder: Path, count: int = 512, side: int = 336) -> Path:

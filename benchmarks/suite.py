@@ -139,6 +139,7 @@ def measured(a: Args, said: dict[str, Any]) -> list[str]:
             failed.append(name)
             print(f"{name} failed: {e}", file=sys.stderr, flush=True)
             continue
+        said.setdefault("waits", {})[name] = machine.waits()
         short = {k: v for k, v in found.items() if k != "peers"} if name in PEERS else found
         print(name, f"{time.time() - start:.0f} s", json.dumps(short), flush=True)
     return failed

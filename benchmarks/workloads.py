@@ -38,6 +38,7 @@ class Work(NamedTuple):
     kept: int = 0  # bytes of parameters and optimizer state that lie there between calls
     less: Callable[[], Any] | None = None  # what call does besides what is asked
     times: int = 1  # that the graph runs in a call
+    renewed: int = 0  # bytes of its arguments that the graph renews: parameters that are trained, and moments
 
 
 def draw(*size: int, seed: int = 0) -> torch.Tensor:
@@ -80,7 +81,7 @@ def trained(check: Any, loss: Callable, params: tree.Tree, frozen: tree.Tree, ba
     state = optim.init(tx, low(params), None if frozen is None else low(frozen))
     step = jit.jit(partial(optim.step, loss, tx), mode, donate=True, remat="dots")
     return Work(check, lambda: step(state, batch)[1]["loss"].item(), lambda: step.lower(state, batch),
-                tree.nbytes(state))
+                tree.nbytes(state), renewed=tree.nbytes([state["params"], state["opt"]]))
 
 
 def theirs(check: Any, ref: torch.nn.Module, loss: Callable) -> Work:
@@ -353,7 +354,8 @@ def serve(name: str, peer: str, folder: str) -> None:
         while sys.stdin.readline().strip():
             say(seconds=seconds(work))
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        graph = {"graph": kinds(work.lowered()) | {"times": work.times}} if work.lowered else {}
+        more = {"times": work.times, "renewed": work.renewed}
+        graph = {"graph": kinds(work.lowered()) | more} if work.lowered else {}
         held = {} if work.less or peer == "openvino" else {"temporary": temporary(work.call)}
         say(kept=work.kept, peak_rss=rss, **graph, **held)
 

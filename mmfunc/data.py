@@ -252,9 +252,9 @@ def stream(batches: Dataset, start: int, stop: int, workers: int = 0, watch: Cal
     items = Prefetch(iter(loader)) if workers else iter(loader)
     for number in range(start, stop):
         with shard.use(None):  # encoders may run there
-            micro, facts = next(items)
-        watch(number, facts)
-        yield number, micro, facts
+            found = [next(items)]
+        watch(number, found[0][1])
+        yield number, *found.pop()  # nothing is kept: to give up a batch takes time
 
 
 def complete(batches: Dataset, number: int, micro: list[dict[str, Tensor]], facts: dict, watch: Callable

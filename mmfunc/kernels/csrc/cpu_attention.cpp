@@ -101,7 +101,8 @@ struct Sight {
     for (int i = 0; i < rows; i++, r++) {
       const bool none = r >= count || (row_ids && row_ids[r] == 0);
       const int lo = none ? INT32_MAX : first(r), hi = none ? 0 : last(r), id = none || !row_ids ? 0 : row_ids[r];
-      for (int j = at.from; j < at.to; j += W) {
+      const bool only_last = !row_ids && lo <= at.from;  // of causal order the last lanes are hidden
+      for (int j = only_last ? std::max(at.from, hi / W * W) : at.from; j < at.to; j += W) {
         const bool same = !row_ids || mine.only(spans[j / W]);
         if (same && j >= lo && j + W <= hi) continue;
         ivec lane = step + j, seen = (lane >= lo) & (lane < hi);
