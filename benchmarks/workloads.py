@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mmfunc import generate, jit, keys, lower, models, optim, pipeline, quant, tree
+from mmfunc import generate, jit, keys, lower, models, nn, optim, pipeline, quant, tree
 from mmfunc.hub import respelled
 from mmfunc.models import flux, qwen2, qwen2vl, sd_vae, wan, wan_vae
 
@@ -206,7 +206,7 @@ def decoded(peer: str, family: Any, c: Any, latents: torch.Tensor) -> Work:
     if peer == "mmfunc":
         p = loaded(family, c, ref)
         run = lambda p, z: family.decode(p, c, z)
-        check, p, z = run(p, latents), low(p), low(latents)
+        check, p, z = run(p, latents), nn.laid(low(p)), low(latents)  # as bundle.load has them
         return Work(check, lambda: run(p, z), lambda: jit.jit(run).lower(p, z), tree.nbytes(p))
     run = lambda ref, z: ref.decode(z, return_dict=False)[0]
     check, kept = run(ref, latents), sum(q.nbytes for q in ref.parameters()) // 2

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mmfunc import hub, lora, models, prompts, random, recipes, sampler, tree
+from mmfunc import hub, lora, models, nn, prompts, random, recipes, sampler, tree
 from mmfunc.prompts import Prompts
 from mmfunc.recipes import Part
 
@@ -59,8 +59,11 @@ def load(folder: Path, parts: Collection[str] | None = None, dtype: torch.dtype 
                          f"{transformer.family.__name__.rpartition('.')[2]}")
     chosen = recipe.text if "text" in wanted and all(there(e.folder) for e in recipe.text) else ()
     text = tuple((read(e.folder, "text"), prompts.load(_there(folder, e.tokenizer))) for e in chosen)
+    vae = read("vae", "vae") if there("vae") else None
+    if vae and vae.params:
+        vae = replace(vae, params=nn.laid(vae.params))
     image = recipe.image and there("image_encoder") and ("image" in wanted or (folder / "image_encoder").is_dir())
-    pipe = Pipeline(folder, index["_class_name"], transformer, read("vae", "vae") if there("vae") else None, text,
+    pipe = Pipeline(folder, index["_class_name"], transformer, vae, text,
                     read("image_encoder", "image") if image else None,
                     hub.settings(_there(folder, "scheduler") / "scheduler_config.json"))
     limits = [hub.settings(folder / e.tokenizer / "tokenizer_config.json").get("model_max_length") for e in chosen]

@@ -168,7 +168,7 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: i
     for name, t in tensors:
         if part and sum(x.nbytes for x in part.values()) + t.nbytes > limit:
             close()
-        part[name] = t
+        part[name] = t.contiguous()
     close()
     if len(shards) == 1:
         (folder / "part-0").rename(folder / f"{stem}.safetensors")

@@ -37,6 +37,7 @@ from mmfunc.nn.conv import (
     halve,
     halve_frames,
     joined,
+    laid,
     tiled,
 )
 from mmfunc.nn.diffusion import Offsets, adaln, gated, grid, modulate, patchify, sinusoid, unpatchify

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmfunc import shard
+from mmfunc import shard, tree
 from mmfunc.kernels import wide
 from mmfunc.tree import Param, Tree, normal, ones
 
@@ -46,6 +46,11 @@ def _last(x: Tensor) -> Tensor:
     NPUs have layouts of their own and refuse this one.
     """
     return x.contiguous(memory_format=LAST[x.ndim]) if x.ndim in LAST and x.device.type != "npu" else x
+
+
+def laid(params: Tree) -> Tree:
+    """Parameters with the convolutions' channels last in memory, as _last has x: otherwise each call copies them."""
+    return tree.map(_last, params)
 
 
 def causal(p: Tree, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
