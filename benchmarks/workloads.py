@@ -111,10 +111,10 @@ def w1(peer: str) -> Work:
     ref = made("transformers", qwen2vl, VLM)
     if peer == "mmfunc":
         p, ready = loaded(qwen2vl, VLM, ref), qwen2vl.prepare(VLM, dict(batch), rule="5.23")
-        loss, part = lambda p, b: qwen2vl.loss(p, VLM, b), tree.select(p, "^(?!vision)")
+        loss = lambda p, b: qwen2vl.loss(p, VLM, b)
         with torch.no_grad():
             check = loss(p, ready)
-        return trained(check, loss, part, tree.without(p, part), ready, "block")
+        return trained(check, loss, *tree.split(p, "^(?!vision)"), ready, "block")
     more = {"mm_token_type_ids": (ids == 16000).int()}
     with torch.no_grad():
         check = ref(**batch, **more).loss

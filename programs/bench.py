@@ -40,8 +40,7 @@ def trainer(family: Any, c: Any, params: tree.Tree, b: dict, a: Args) -> tuple[C
     """(a call of the training step, its FLOPs)."""
     tx = optim.chain(optim.adamw(), optim.decay(0.01), optim.scale(1e-4))
     tx = optim.masters(tx) if a.dtype == "bf16" else tx
-    trained = tree.select(params, a.train)
-    state = optim.init(tx, trained, tree.without(params, trained))
+    state = optim.init(tx, *tree.split(params, a.train))
     step = jit.jit(partial(optim.step, example.loss(family, c), tx), a.mode, a.backend, donate=True, remat=a.remat)
     flops = step.lower(state, b).cost()["flops"]
     return lambda: step(state, b)[1]["loss"].item(), flops

@@ -259,9 +259,7 @@ def divided(name: str) -> tuple[Tree, Tree]:
     rule = {"lora": r"\.lora_[ab]$|^norm", "head": "^(norm|head)"}.get(name.partition(" ")[2])
     if not rule:
         return case(name).params, None
-    params = redrawn(declared(name))
-    trained = tree.select(params, rule)
-    return trained, tree.without(params, trained)
+    return tree.split(redrawn(declared(name)), rule)
 
 
 OPTIMIZERS = {  # name: (transformation, how far parameters may be apart after three calls of it)

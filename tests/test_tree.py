@@ -32,6 +32,7 @@ def test_flatten_and_back(t):
 def test_select_needs_a_match():
     t = {"a": {"w": 1}, "b": [{"w": 2}]}
     assert tree.select(t, r"^b") == {"a": {"w": None}, "b": [{"w": 2}]}
+    assert tree.split(t, r"^b") == (tree.select(t, r"^b"), {"a": {"w": 1}, "b": [{"w": None}]})
     with pytest.raises(ValueError, match="'c' matches none of the 2 parameters, such as a.w, b.0.w"):
         tree.select(t, "c")
 

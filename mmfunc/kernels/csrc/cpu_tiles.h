@@ -159,11 +159,11 @@ void rows(const T* from, long stride, int count, int width, uint32_t* to, int un
 
 struct Rows { const uint32_t* data; long apart; };  // rows of units, so many units apart
 
-// What rows() makes, or the rows where they are if they are such already: to be read by whole vectors.
+// What rows() makes, or the rows where they are if they are such already: whole vectors, none reads beyond a row.
 template <class C, class T>
 Rows laid(const T* from, long stride, int count, int width, uint32_t* to, int units, int total) {
   if constexpr (sizeof(T) == sizeof(C))
-    if (count == total && width == units * PAIR<C> && stride % PAIR<C> == 0)
+    if (count == total && width == units * PAIR<C> && units % W == 0 && stride % PAIR<C> == 0)
       return {(const uint32_t*)from, stride / PAIR<C>};
   rows<C>(from, stride, count, width, to, units, total);
   return {to, units};
