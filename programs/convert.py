@@ -30,7 +30,7 @@ class Args:
     shard: float = 5.0  # GB of a weights file at most; a pipeline's have 5
 
 
-def check(folder: Path, family: str, c: object, params: tree.Tree) -> Table:
+def check(folder: Path, family: str, params: tree.Tree) -> Table:
     """What a folder holds; a value that is not finite, or a token beyond the embedding, is a ValueError."""
     bad = [n for n, t in tree.flatten(params).items() if not torch.isfinite(t).all()]
     if bad:
@@ -53,7 +53,7 @@ def pipeline(a: Args) -> None:
     pipe = bundle.load(a.model, dtype=DTYPES[a.dtype])
     pipe = bundle.adapted(pipe, a.adapter) if a.adapter else pipe
     for name, part in bundle.parts(pipe).items():
-        Console().print(check(a.model / name, part.family.__name__.rpartition(".")[2], part.config, part.params))
+        Console().print(check(a.model / name, part.family.__name__.rpartition(".")[2], part.params))
     if a.out:
         bundle.export(a.out, pipe)
         print(f"written to {a.out}")
@@ -66,7 +66,7 @@ def main(a: Args) -> None:
     if a.adapter:
         table, spelled = models.table(family, c), models.spellings(family, c)
         params = lora.merge(lora.load(a.adapter, family.params(c), params, table, spelled)[1])
-    Console().print(check(a.model, family.__name__.rpartition(".")[2], c, params))
+    Console().print(check(a.model, family.__name__.rpartition(".")[2], params))
     if a.out:
         hub.write(a.out, params, family.params(c), models.table(family, c), hub.config(a.model), like=a.model,
                   shard=int(a.shard * 1e9))

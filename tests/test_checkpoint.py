@@ -118,6 +118,16 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, broken
             saver(3, state(3), {})
         with pytest.raises(checkpoint.SaveError):
             saver.close()
+        told = []  # all goes on, but for the last save of a run that is stopped
+        for strict in (False, True):
+            saver = checkpoint.Saver(tmp_path, failed=told.append)
+            assert isinstance(saver(2, state(2), {}).exception(), checkpoint.SaveError)
+            if strict:
+                with pytest.raises(checkpoint.SaveError):
+                    saver.close(strict=True)
+            else:
+                saver.close()
+        assert len(told) == 1 and "step 2" in str(told[0])
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert same(checkpoint.restore(tmp_path, state())[0], state(1))
 

@@ -181,7 +181,7 @@ def test_evaluate_convert_and_chat(run, tmp_path, capsys):
     mine = capsys.readouterr().out.strip()
     assert mine == theirs(folder, root / "data" / "heldout" / "page00003.png", "what is the sum ?")
     with pytest.raises(ValueError, match="not finite"):
-        convert.check(folder, "x", None, {"a": torch.tensor([float("nan")])})
+        convert.check(folder, "x", {"a": torch.tensor([float("nan")])})
 
 
 def theirs(folder, image, question):

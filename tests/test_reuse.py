@@ -137,8 +137,8 @@ def test_fewer_calls_are_computed_as_the_threshold_rises():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16(name):
-    """Of a model in bfloat16, as programs/sample.py loads it: the same calls are computed as in float32, or one more or
-    less, and what is off by the dtype is about as much with features kept as without."""
+    """Of a model in bfloat16, as programs/sample.py loads it: the same calls are computed as in float32, fewer than all,
+    and what is off by the dtype is about as much with features kept as without."""
     noise, cond, uncond = given(name, 2)
     part, low = piped(name).transformer, lambda t: tree.map(lambda x: x.bfloat16(), t)
     wide = getattr(part.family, "WIDE", r"^$")
@@ -153,9 +153,9 @@ def test_bf16(name):
     plain = sampled(0.0)[0]
     assert torch.equal(sampled(1e-9)[0], plain)
     off = (plain - drawn(name, 2, steps=20)[0]).abs().mean()
-    for threshold in (0.4, 0.8):
+    for threshold in (0.8, 1.6):
         (z, computed), (exact, wanted, _) = sampled(threshold), drawn(name, 2, steps=20, reuse=threshold)
-        assert abs(computed - wanted) <= 1 and (computed != wanted or (z - exact).abs().mean() < 2 * off)
+        assert computed == wanted < 20 and (z - exact).abs().mean() < 2 * off
 
 
 def test_a_batch_is_decided_as_a_whole():
