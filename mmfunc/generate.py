@@ -100,7 +100,7 @@ def _decode(call, p, cache, logits, ids, mask, place, seen, size, new, stops, ho
     used = torch.zeros_like(logits, dtype=torch.bool).scatter(1, torch.where(mask, ids, ids[:, -1:]), True)
     key = random.key(0, ids.device) if key is None else key
     for i in range(new):
-        token = choose(logits, how, used, random.fold_in(key, i))
+        token = choose(logits, how, used, random.fold_in(key, i) if how.temperature else None)
         used = used.scatter(1, token[:, None], True) if how.repetition != 1.0 else used
         live = [not (o and o[-1] in stops) for o in out]
         for o, t, on in zip(out, token.tolist(), live):

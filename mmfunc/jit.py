@@ -25,7 +25,7 @@ from torch._functorch import config as functorch
 
 from mmfunc import lower, tree
 from mmfunc.grad import Policy, remat, value_and_grad
-from mmfunc.kernels import native, wide
+from mmfunc.kernels import native, rewrite
 from mmfunc.nn import chain
 from mmfunc.nn.chain import region, standing_in
 from mmfunc.signature import (
@@ -51,7 +51,7 @@ OPTIONS = {  # of the backends
     "inductor": {"reorder_for_locality": False,
                  # leaves of an update share a few scalars only; to try each pair of them costs minutes of a compilation
                  "max_fusion_buffer_group_pairwise_attempts": 8,
-                 **({"post_grad_custom_pre_pass": wide.Widen()} if wide.slow() else {})},
+                 "post_grad_custom_pre_pass": rewrite.Rewrite()},
 }
 
 

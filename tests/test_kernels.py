@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.nn.functional import linear
 
@@ -79,6 +80,52 @@ def test_errors_are_no_larger_than_those_of_pytorch(dtype):
             total[i] += error.float() ** 2
     total = total.sqrt()
     assert (total[:, 0] <= 1.1 * total[:, 1:].max(1).values).all(), total
+
+
+@needed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_few_queries_have_no_larger_errors_either(dtype):
+    """The kernel of decoding, which has no gradient, at the same 300 shapes and masks."""
+    floor, total = 8e-7 if dtype == torch.float32 else 2**-9, torch.zeros(3)
+    for seed in range(300):
+        tensors, masks, seen = draw(seed, dtype)
+        if not seen.any():
+            continue
+        q, k, v = tensors[:3]
+        causal, segments, start, scale = masks
+        few = torch.ops.mmfunc.cpu_attention_few(q, k, v, *(segments or (None, None)), start, causal, scale)
+        assert few.dtype == dtype and (few[~seen] == 0).all()
+        want = exact(*(t.double() for t in (q, k, v)), *masks)[seen]
+        found = [y[seen].double() for y in (few, attention.fused(q, k, v, *masks), attention.blocked(q, k, v, *masks))]
+        error = torch.stack([(y - want).norm() / want.norm().clamp(min=1e-9) for y in found])
+        assert error[0] <= 1.2 * error[1:].max() + floor, (seed, error)
+        total += error.float() ** 2
+    assert total[0] <= 1.1**2 * total[1:].max(), total
+
+
+@needed
+def test_decoding_reads_keys_by_the_kernel_of_few_queries():
+    """In a graph of several layers the mask becomes int32 once; the same bits with any number of threads; NaN shows."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, h, 40, generator=g) for n, h in ((3, 6), (50, 2), (50, 2)))
+    seen, start = torch.arange(50).expand(2, -1).lt(45).long(), torch.tensor(30)
+    run = lambda p, start: attention.attend(*p, causal=True, segments=(seen.new_ones(2, 3), seen), start=start)
+    was, found = torch.get_num_threads(), []
+    with torch.no_grad():
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            found.append(run((q, k, v), start))
+        torch.set_num_threads(was)
+        assert all(torch.equal(found[0], y) for y in found[1:])
+        assert "mmfunc.cpu_attention_few.default" in jit.jit(run).lower((q, k, v), start).cost()["flops_by_op"]
+        assert torch.equal(jit.jit(run, backend="aot_eager")((q, k, v), start), found[0])
+        want = attention.reference(q, k, v, True, (seen.new_ones(2, 3), seen), start, 40**-0.5)
+        assert (found[0] - want).abs().max() < 2e-6
+        k[0, 31, 0] = float("nan")
+        y = run((q, k, v), start)
+        assert y[0, 0].isfinite().all() and y[0, 1:, :3].isnan().all() and y[0, 1:, 3:].isfinite().all()
+    live = q.requires_grad_()
+    assert "Few" not in str(attention.attend(live, k, v).grad_fn) and attention.attend(live, k, v).requires_grad
 
 
 @needed
@@ -227,6 +274,29 @@ def test_products_of_few_rows(rows, n, k):
     with torch.no_grad():
         assert torch.equal(y, jit.jit(product.linear, backend="aot_eager")(x, w, None))
     assert jit.jit(product.linear).lower(x, w, None).cost()["flops_by_op"] == {"mmfunc.cpu_matvec.default": 2 * rows * n * k}
+
+
+@needed
+def test_products_of_the_same_rows_are_one_call():
+    """Of weights that the graph is given, with and without bias; the numbers stay."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 72, generator=g).bfloat16()
+    p = [{"weight": torch.randn(n, 72, generator=g).bfloat16()} for n in (40, 8, 5, 72)]
+    p[1]["bias"] = torch.randn(8, generator=g).bfloat16()
+
+    def run(p, x):
+        a, b, c = (nn.linear(q, x) for q in p[:3])
+        return torch.cat([a, b, c, nn.linear(p[3], x + 1), nn.linear({"weight": p[0]["weight"] * 2}, x)], -1)
+
+    with torch.no_grad():
+        want = run(p, x)
+        found = make_fx(run, tracing_mode="fake")(p, x)
+        product.gather(found.graph)
+        found.graph.lint()
+        found.recompile()
+        names = [str(n.target) for n in found.graph.nodes if "matvec" in str(n.target)]
+        assert sorted(names) == ["mmfunc.cpu_matvec.default"] * 2 + ["mmfunc.cpu_matvecs.default"]
+        assert torch.equal(found(p, x), want) and torch.equal(jit.jit(run)(p, x), want)
 
 
 @pytest.mark.parametrize("macros, said", [

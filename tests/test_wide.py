@@ -19,7 +19,6 @@ SLOW = wide.slow.__wrapped__
 @pytest.fixture(autouse=True)
 def slow(monkeypatch):
     monkeypatch.setattr(wide, "slow", lambda: (HALF,))
-    monkeypatch.setitem(jit.OPTIONS["inductor"], "post_grad_custom_pre_pass", wide.Widen())
 
 
 def draw(*size: int, seed: int = 0) -> Tensor:

@@ -15,7 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mmfunc.kernels import cpu, npu
 
-FEW = 16, 32 * 32  # queries, and scores of a head: with fewer the products of `blocked` cost less than a call
 BLOCK = 128  # queries of a block: 128 x 4096 float32 scores are 2 MB
 WIDEST = 512  # of a head on NPU
 HIDDEN = -1e30  # the score of what is masked: finite, so that a row that sees nothing stays finite
@@ -137,10 +136,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, segments: S
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    many = q.shape[1] >= FEW[0] and q.shape[1] * k.shape[1] >= FEW[1]
-    if q.device.type == "cpu" and many and bias is None and cpu.supports(q, k, v, scale):
-        rows, columns = segments if isinstance(segments, tuple) else (segments, segments)
-        return cpu.attention(q, k, v, rows, columns, start, causal, scale)[0]
+    many = q.shape[1] >= cpu.FEW[0] and q.shape[1] * k.shape[1] >= cpu.FEW[1]
+    own = q.device.type == "cpu" and bias is None and (many or not torch.is_grad_enabled())
+    if own and cpu.supports(q, k, v, scale):
+        ids = segments if isinstance(segments, tuple) else (segments, segments)
+        ids = (None if t is None else t.to(torch.int32) for t in ids)  # here, so that all layers of a graph share it
+        if not many:
+            return torch.ops.mmfunc.cpu_attention_few(q, k, v, *ids, start, causal, scale)
+        return cpu.attention(q, k, v, *ids, start, causal, scale)[0]
     y = BACKENDS.get(q.device.type, fused)(q, k, v, causal, segments, start, scale, bias)
     own = q.device.type == "npu" and bias is None  # a remat policy knows torch_npu's operation itself
     return keep(y) if torch.is_grad_enabled() and y.requires_grad and not own else y

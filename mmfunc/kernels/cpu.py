@@ -12,6 +12,7 @@ from mmfunc.kernels.native import available
 
 BLOCK = 192  # as in the source: keys, and queries, of a step of the backward pass
 SOME = 96  # as in the source: queries are padded to
+FEW = 16, 32 * 32  # queries, and scores of a head, with fewer of which `few` serves
 ITEMS = 16  # of work that the backward pass is cut into where there are not as many heads; no result depends on threads
 
 
@@ -26,7 +27,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
 
 
 def _problem(q: Tensor, k: Tensor, rows: Tensor | None, columns: Tensor | None, start: Tensor | None, causal: bool,
-             lse: Tensor, delta: Tensor | None, sums: Tensor | None, touched: Tensor | None,
+             lse: Tensor | None, delta: Tensor | None, sums: Tensor | None, touched: Tensor | None,
              *tensors: Tensor) -> ctypes.Array:
     """The struct Problem of the source: 64-bit numbers and addresses."""
     (batch, queries, heads, width), (_, keys, groups, _) = q.shape, k.shape
@@ -78,6 +79,28 @@ def attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     return tuple(found)
 
 
+# no gradient, and no wrapper of custom_op: it would cost more than the work
+_ops = torch.library.Library("mmfunc", "FRAGMENT")
+_ops.define("cpu_attention_few(Tensor q, Tensor k, Tensor v, Tensor? rows, Tensor? columns, Tensor? start, "
+            "bool causal, float scale) -> Tensor", tags=torch.Tag.flexible_layout)
+
+
+@torch.library.impl(_ops, "cpu_attention_few", "CPU")
+def _few(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, columns: Tensor | None, start: Tensor | None,
+         causal: bool, scale: float) -> Tensor:
+    """The output of `attention` where queries are few, as in decoding: keys and values are read once."""
+    q, k, v = map(_dense, (q, k, v))
+    rows, columns = _ids(rows, len(q)), _ids(columns, len(q))
+    out = torch.empty(q.shape, dtype=q.dtype)
+    _run("attention_few", _problem(q, k, rows, columns, start, causal, None, None, None, None, v, out), scale)
+    return out
+
+
+@torch.library.register_fake("mmfunc::cpu_attention_few")
+def _(q: Tensor, *rest) -> Tensor:
+    return q.new_empty(q.shape)
+
+
 @attention.register_fake
 def _(q: Tensor, *rest) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
@@ -107,7 +130,7 @@ def _flops(q: tuple, k: tuple, products: int, causal: bool, start: object) -> in
     return 2 * products * batch * heads * seen * width
 
 
-@register_flop_formula(torch.ops.mmfunc.cpu_attention)
+@register_flop_formula([torch.ops.mmfunc.cpu_attention, torch.ops.mmfunc.cpu_attention_few])
 def _(q: tuple, k: tuple, v: tuple, rows: object, columns: object, start: object, causal: bool, *rest, **more) -> int:
     return _flops(q, k, 2, causal, start)
 

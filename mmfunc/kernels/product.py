@@ -4,11 +4,12 @@ PyTorch's product reads a bfloat16 weight at a third to a half of the bandwidth 
 with scales [N, G] in the dtype of x: a row is G groups of ceil(K / G) numbers, of which the last may have fewer.
 """
 
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import c_int64
 from math import prod
+from operator import getitem
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
@@ -19,6 +20,7 @@ FEW = 8  # rows, as in the source
 # no gradient, and no wrapper of custom_op: it would cost as much as a small product
 _ops = torch.library.Library("mmfunc", "FRAGMENT")
 _ops.define("cpu_matvec(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_ops.define("cpu_matvecs(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]")
 _ops.define("cpu_matvec_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
 
 
@@ -42,25 +44,33 @@ def dequantized(weight: Tensor, scale: Tensor) -> Tensor:
     return weight.to(scale.dtype) * groups.flatten(-2)[..., :k]
 
 
-def _run(name: str, given: tuple[Tensor | None, ...], x: Tensor, sizes: tuple[int, ...], *more: int) -> Tensor:
-    y = x.new_empty((*x.shape[:-1], sizes[0]))
-    addresses = (c_void_p(t.data_ptr() if t is not None else None) for t in (*given, y))
-    sizes = map(c_int64, (x.numel() // x.shape[-1], *sizes))
-    getattr(native.library(), name)(*addresses, *sizes, *map(c_int, (*more, torch.get_num_threads())))
-    return y
+def _run(name: str, x: Tensor, *numbers: int) -> None:
+    """A struct of the source: the number of rows, 64-bit numbers and addresses."""
+    given = x.numel() // x.shape[-1], *numbers
+    getattr(native.library(), name)((c_int64 * len(given))(*given))
+
+
+@torch.library.impl(_ops, "cpu_matvecs", "CPU")
+def _matvecs(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    """[..., K] -> [..., N] for each of the weights [N, K]."""
+    x, out = x.contiguous(), [x.new_empty((*x.shape[:-1], len(w))) for w in weights]
+    maps = [n for w, b, y in zip(weights, biases, out)
+            for n in (w.data_ptr(), 0 if b is None else b.data_ptr(), y.data_ptr(), len(w))]
+    _run("matvec", x, x.shape[-1], torch.get_num_threads(), len(weights), x.data_ptr(), *maps)
+    return out
 
 
 @torch.library.impl(_ops, "cpu_matvec", "CPU")
 def _matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    x = x.contiguous()
-    return _run("matvec", (weight, x, bias), x, weight.shape)
+    return _matvecs(x, [weight], [bias])[0]
 
 
 @torch.library.impl(_ops, "cpu_matvec_int8", "CPU")
 def _matvec_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    x, scale = x.contiguous(), scale.contiguous()
-    sizes = *weight.shape, scale.shape[1]
-    return _run("matvec_int8", (weight, scale, x, bias), x, sizes, x.dtype == torch.float32)
+    x, scale, y = x.contiguous(), scale.contiguous(), x.new_empty((*x.shape[:-1], len(weight)))
+    addresses = x.data_ptr(), 0 if bias is None else bias.data_ptr(), *(t.data_ptr() for t in (y, weight, scale))
+    _run("matvec_int8", x, *weight.shape, scale.shape[1], x.dtype == torch.float32, torch.get_num_threads(), *addresses)
+    return y
 
 
 @torch.library.register_fake("mmfunc::cpu_matvec")
@@ -69,6 +79,32 @@ def _(x: Tensor, weight: Tensor, *more: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], len(weight)))
 
 
+@torch.library.register_fake("mmfunc::cpu_matvecs")
+def _(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], len(w))) for w in weights]
+
+
 @register_flop_formula([torch.ops.mmfunc.cpu_matvec, torch.ops.mmfunc.cpu_matvec_int8])
 def _(x: tuple, weight: tuple, *rest, **more) -> int:
     return 2 * prod(x) * weight[0]
+
+
+def gather(graph: fx.Graph) -> None:
+    """Products of the same rows with weights that a graph is given become one call: queries, keys and values, or the
+    gate and the up map of an MLP."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.mmfunc.cpu_matvec.default):
+        if all(n.op == "placeholder" for n in node.all_input_nodes if n is not node.args[0]):
+            found.setdefault(node.args[0], []).append(node)
+    for x, nodes in found.items():
+        if len(nodes) == 1:
+            continue
+        with graph.inserting_before(nodes[0]):
+            given = x, *([n.args[i] for n in nodes] for i in (1, 2))
+            together = graph.call_function(torch.ops.mmfunc.cpu_matvecs.default, given)
+            parts = [graph.call_function(getitem, (together, i)) for i in range(len(nodes))]
+        together.meta["val"] = [n.meta["val"] for n in nodes]
+        for node, part in zip(nodes, parts):
+            part.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(part)
+            graph.erase_node(node)

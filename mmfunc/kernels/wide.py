@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils._pytree import tree_map_only
 
 FEW = 32  # rows of a product: with fewer, widening the other side takes longer than it saves
@@ -71,13 +70,3 @@ def widen(graph: fx.Graph) -> None:
     """Put the products of a graph in float32."""
     for node in filter(_suits, graph.nodes):
         node.target = WIDE[node.target]
-
-
-class Widen(CustomGraphPass):
-    """`widen` as a pass of Inductor."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        widen(graph)
-
-    def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))

@@ -1,5 +1,6 @@
 // Softmax attention and its gradient on CPU, tile by tile: scores exist for one strip of rows at a time, in cache.
 // Dao et al., FlashAttention (2022) for the running softmax and for recomputing the weights from their log-sum-exp.
+// A few queries, as in decoding, are another matter: there keys and values are to be read once.
 //
 // Each item of work is summed in one order, and no two items write to one place: results do not depend on threads.
 
@@ -373,6 +374,101 @@ template <class T, class C> void run_backward(const Problem& p, float scale) {
   }
 }
 
+// ---- a few queries, without a gradient
+
+constexpr int MOST = 8;  // rows, queries of heads that share a group, for which keys and values are read together
+
+// `rest` numbers, or a vector of them, and zeros.
+template <class T> inline vec some(const T* p, int rest) {
+  if (rest >= W) return load(p);
+  T part[W]{};
+  std::copy_n(p, std::max(0, rest), part);
+  return load(part);
+}
+
+// N vectors of the outputs of R rows, from the one of number `column` on: weights w [R, keys] times values.
+template <int R, int N, class T>
+void outputs(const T* v, int64_t row, int keys, int rest, const float* w, long apart, const float* sums, T* const* to) {
+  vec o[R][N]{};
+  for (int key = 0; key < keys; key++, v += row)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) {
+      const vec part = N == 1 ? some(v, rest) : load(v + j * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) o[r][j] += w[r * apart + key] * part;
+    }
+  for (int r = 0; r < R; r++) {
+    float line[N * W];
+    for (int j = 0; j < N; j++) store(line + j * W, o[r][j]);
+    put(line, sums[r] == 0 ? 0 : 1 / sums[r], to[r], std::min(rest, N * W));  // a row that sees nothing gives 0
+  }
+}
+
+// R rows from `first` on, which count the heads of a group query by query.
+template <int R, class T> void few(const Problem& p, long b, long group, int first, float scale) {
+  const int shared = p.heads / p.groups, columns = p.columns();
+  const long end = p.start + (first + R - 1) / shared + 1, keys = p.causal ? std::clamp(end, 0L, long(p.keys)) : p.keys;
+  const long apart = up(keys, W);
+  float *q = scratch<float>(0, R * columns), *s = scratch<float>(1, R * apart), sums[R];
+  int ids[R];
+  long last[R];
+  T* out[R];
+  for (int r = 0; r < R; r++) {
+    const long query = (first + r) / shared, head = group * shared + (first + r) % shared;
+    const T* from = p.at<T>(p.q, b, query, head);
+    for (int j = 0; j < columns; j += W) store(q + r * columns + j, some(from + j, p.width - j) * (scale * LOG2E));
+    ids[r] = p.query_segments ? p.query_segments[b * p.queries + query] : 0;
+    last[r] = p.causal ? p.start + query : keys;
+    out[r] = p.at<T>(p.out, b, query, head);
+  }
+  const T* k = p.at<T>(p.k, b, 0, group);
+  for (long key = 0; key < keys; key++, k += p.k.row) {
+    vec dots[R]{};
+    for (int j = 0; j < columns; j += W) {
+      const vec part = some(k + j, p.width - j);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) dots[r] += part * load(q + r * columns + j);
+    }
+    const int id = p.key_segments ? p.key_segments[b * p.keys + key] : 0;
+    for (int r = 0; r < R; r++) {
+      const bool seen = key <= last[r] && (!p.key_segments || (id == ids[r] && id > 0));
+      s[r * apart + key] = seen ? fold(dots[r], [](vec a, vec b) { return a + b; }) : HIDDEN;
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    float* row = s + r * apart;
+    std::fill(row + keys, row + apart, HIDDEN);
+    vec high = all(NONE), sum{};
+    for (int j = 0; j < apart; j += W) high = max(high, load(row + j));
+    const float top = fold(high, max);
+    for (int j = 0; j < apart; j += W) {
+      const vec x = exp2<float>(load(row + j) - top);
+      sum += x;
+      store(row + j, x);
+    }
+    sums[r] = fold(sum, [](vec a, vec b) { return a + b; });
+  }
+  const T* v = p.at<T>(p.v, b, 0, group);
+  for (int j = 0, rest = p.width; rest > 0;) {
+    const int step = rest >= SIDE * W ? SIDE * W : W;
+    (step == W ? outputs<R, 1, T> : outputs<R, SIDE, T>)(v + j, p.v.row, keys, rest, s, apart, sums, out);
+    for (int r = 0; r < R; r++) out[r] += step;
+    j += step, rest -= step;
+  }
+}
+
+template <class T> void run_few(const Problem& p, float scale) {
+  const long rows = p.queries * p.heads / p.groups, all_rows = p.batch * p.groups * rows;
+  const long each = std::clamp<long>((all_rows + p.threads - 1) / p.threads, 1, std::min<long>(MOST, rows));
+  const long parts = (rows + each - 1) / each;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (long i = 0; i < p.batch * p.groups * parts; i++) {
+    const long first = i % parts * each, group = i / parts % p.groups, b = i / parts / p.groups;
+    choose(std::min(each, rows - first), std::make_integer_sequence<int, MOST>(),
+           [&](auto count) { few<count.value, T>(p, b, group, first, scale); });
+  }
+}
+
 }  // namespace
 
 #if defined(__AVX512BF16__)
@@ -390,4 +486,8 @@ extern "C" void attention_forward(const Problem* p, double scale) {
 
 extern "C" void attention_backward(const Problem* p, double scale) {
   p->half ? run_backward<bf16, Half>(*p, scale) : run_backward<float, float>(*p, scale);
+}
+
+extern "C" void attention_few(const Problem* p, double scale) {
+  p->half ? run_few<bf16>(*p, scale) : run_few<float>(*p, scale);
 }

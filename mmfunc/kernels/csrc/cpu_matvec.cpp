@@ -67,15 +67,20 @@ template <int M, int rows> void product(const bf16* w, const bf16* x, const bf16
     }
 }
 
-template <int M> void products(const bf16* w, const bf16* x, const bf16* b, bf16* y, int64_t n, int64_t k, int threads) {
-  int64_t at_once = M * k > NEAR ? 4 : 1, groups = n / at_once;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t g = 0; g < groups; g++) {
-    int64_t j = g * at_once;
-    auto run = at_once == 1 ? product<M, 1> : product<M, 4>;
-    run(w + j * k, x, b ? b + j : b, y + j, n, k);
+struct Map { const bf16 *w, *b; bf16* y; int64_t n; };
+
+// Several maps of the same x, one after the other.
+template <int M> void products(const Map* maps, int64_t count, const bf16* x, int64_t k, int threads) {
+  const int64_t at_once = M * k > NEAR ? 4 : 1;
+#pragma omp parallel num_threads(threads)
+  for (int64_t i = 0; i < count; i++) {
+    const auto [w, b, y, n] = maps[i];
+#pragma omp for schedule(static) nowait
+    for (int64_t j = 0; j < n; j += at_once) {
+      if (at_once == 4 && j + 4 <= n) product<M, 4>(w + j * k, x, b ? b + j : b, y + j, n, k);
+      else for (int64_t r = j; r < std::min(j + at_once, n); r++) product<M, 1>(w + r * k, x, b ? b + r : b, y + r, n, k);
+    }
   }
-  for (int64_t j = groups * at_once; j < n; j++) product<M, 1>(w + j * k, x, b ? b + j : b, y + j, n, k);
 }
 
 // ---- w of int8: in each row `groups` times `size` numbers (fewer at the end) share a factor
@@ -141,10 +146,6 @@ void product(const int8_t* w, const T* scale, const float* x, const T* b, T* y, 
     }
 }
 
-template <int... M, class F> void choose(int rows, std::integer_sequence<int, M...>, F run) {
-  ((rows == M + 1 ? run(std::integral_constant<int, M + 1>()) : void()), ...);
-}
-
 template <class T>
 void products(const int8_t* w, const void* scale, const void* x, const void* b, void* y, Shape s, int threads) {
   const float* given = spread((const T*)x, s);
@@ -167,13 +168,16 @@ void products(const int8_t* w, const void* scale, const void* x, const void* b, 
 
 }  // namespace
 
-extern "C" void matvec(const bf16* w, const bf16* x, const bf16* b, bf16* y, int64_t m, int64_t n, int64_t k, int threads) {
-  choose(m, std::make_integer_sequence<int, MOST>(), [&](auto rows) { products<rows.value>(w, x, b, y, n, k, threads); });
+struct Dense { int64_t m, k, threads, count; const bf16* x; Map maps[]; };
+struct Grouped { int64_t m, n, k, groups, wide, threads; const void *x, *b; void* y; const int8_t* w; const void* scale; };
+
+extern "C" void matvec(const Dense* p) {
+  choose(p->m, std::make_integer_sequence<int, MOST>(),
+         [&](auto rows) { products<rows.value>(p->maps, p->count, p->x, p->k, p->threads); });
 }
 
 // scale [N, groups], x, b and y of bf16, or of float where `wide`.
-extern "C" void matvec_int8(const int8_t* w, const void* scale, const void* x, const void* b, void* y, int64_t m, int64_t n,
-                            int64_t k, int64_t groups, int wide, int threads) {
-  auto run = wide ? products<float> : products<bf16>;
-  if (n) run(w, scale, x, b, y, {m, n, k, groups, (k + groups - 1) / groups}, threads);
+extern "C" void matvec_int8(const Grouped* p) {
+  const Shape s{p->m, p->n, p->k, p->groups, (p->k + p->groups - 1) / p->groups};
+  if (p->n) (p->wide ? products<float> : products<bf16>)(p->w, p->scale, p->x, p->b, p->y, s, p->threads);
 }

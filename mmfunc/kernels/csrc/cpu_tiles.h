@@ -333,6 +333,11 @@ void multiply(const uint32_t* a, long stride, const Packed& b, int begin, int en
   }
 }
 
+// Run with a number of rows that the compiler knows.
+template <int... M, class F> void choose(int rows, std::integer_sequence<int, M...>, F run) {
+  ((rows == M + 1 ? run(std::integral_constant<int, M + 1>()) : void()), ...);
+}
+
 // Memory of this thread that lasts, one piece for each slot.
 template <class T = uint32_t> T* scratch(int slot, size_t count) {
   struct alignas(64) Line { char bytes[64]; };
