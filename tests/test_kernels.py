@@ -93,7 +93,8 @@ def test_few_queries_have_no_larger_errors_either(dtype):
             continue
         q, k, v = tensors[:3]
         causal, segments, start, scale = masks
-        few = torch.ops.mmfunc.cpu_attention_few(q, k, v, *(segments or (None, None)), start, causal, scale)
+        ids = [cpu.ids(t, len(q)) for t in segments or (None, None)]
+        few = torch.ops.mmfunc.cpu_attention_few(q, k, v, *ids, start, causal, scale)
         assert few.dtype == dtype and (few[~seen] == 0).all()
         want = exact(*(t.double() for t in (q, k, v)), *masks)[seen]
         found = [y[seen].double() for y in (few, attention.fused(q, k, v, *masks), attention.blocked(q, k, v, *masks))]
@@ -207,17 +208,32 @@ def machines():
     return ["x86-64"] + ["x86-64-v3"] * (flags in ("AVX2", "AVX512")) + ["x86-64-v4"] * (flags == "AVX512")
 
 
+@torch.no_grad()
+def decoding():
+    """What the operations of a few rows give: bf16, int8, and attention."""
+    g = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(*s, generator=g).bfloat16() for s in ((3, 200), (33, 200), (33,)))
+    scale, q = torch.rand(33, 4, generator=g).bfloat16(), torch.randn(1, 9, 4, 72, generator=g).bfloat16()
+    small = (w * 20).round().to(torch.int8)
+    return [product.linear(x, w, b), product.linear(x, small, None, scale), attention.attend(q, q[:, :, :2], q[:, :, 2:])]
+
+
 @needed
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="not x86-64")
 def test_other_instruction_sets(monkeypatch):
     cases = [(d, *draw(seed, d)[:2]) for d in (torch.float32, torch.bfloat16) for seed in range(8)]
-    want = [results(ours, *c[1:]) for c in cases]
-    for machine in machines():
-        library = native.ctypes.CDLL(str(native.build(native.compiler(), machine)))
-        monkeypatch.setattr(native, "library", lambda library=library: library)
-        for (dtype, *case), w in zip(cases, want):
-            for x, y in zip(results(ours, *case), w):
-                assert (x - y).norm() <= (2e-6 if dtype == torch.float32 else 8e-3) * max(y.norm(), case[0][3].norm())
+    want, few, cxx, here = [results(ours, *c[1:]) for c in cases], decoding(), native.compiler(), native.library()
+    try:
+        for machine in machines():
+            library = native.ctypes.CDLL(str(native.build(cxx, machine)))
+            monkeypatch.setattr(native, "library", lambda library=library: library)
+            native.register(cxx, library)
+            for (dtype, *case), w in zip(cases, want):
+                for x, y in zip(results(ours, *case), w):
+                    assert (x - y).norm() <= (2e-6 if dtype == torch.float32 else 8e-3) * max(y.norm(), case[0][3].norm())
+            assert all((x - y).norm() <= 4e-3 * y.norm() for x, y in zip(decoding(), few))
+    finally:
+        native.register(cxx, here)
 
 
 @needed

@@ -139,11 +139,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, segments: S
     many = q.shape[1] >= cpu.FEW[0] and q.shape[1] * k.shape[1] >= cpu.FEW[1]
     own = q.device.type == "cpu" and bias is None and (many or not torch.is_grad_enabled())
     if own and cpu.supports(q, k, v, scale):
-        ids = segments if isinstance(segments, tuple) else (segments, segments)
-        ids = (None if t is None else t.to(torch.int32) for t in ids)  # here, so that all layers of a graph share it
+        both = segments if isinstance(segments, tuple) else (segments, segments)
+        both = [cpu.ids(t, len(q)) for t in both]  # here, so that all layers of a graph share it
         if not many:
-            return torch.ops.mmfunc.cpu_attention_few(q, k, v, *ids, start, causal, scale)
-        return cpu.attention(q, k, v, *ids, start, causal, scale)[0]
+            return torch.ops.mmfunc.cpu_attention_few(q, k, v, *both, start, causal, scale)
+        return cpu.attention(q, k, v, *both, start, causal, scale)[0]
     y = BACKENDS.get(q.device.type, fused)(q, k, v, causal, segments, start, scale, bias)
     own = q.device.type == "npu" and bias is None  # a remat policy knows torch_npu's operation itself
     return keep(y) if torch.is_grad_enabled() and y.requires_grad and not own else y

@@ -27,7 +27,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
 
 
 def _problem(q: Tensor, k: Tensor, rows: Tensor | None, columns: Tensor | None, start: Tensor | None, causal: bool,
-             lse: Tensor | None, delta: Tensor | None, sums: Tensor | None, touched: Tensor | None,
+             lse: Tensor, delta: Tensor | None, sums: Tensor | None, touched: Tensor | None,
              *tensors: Tensor) -> ctypes.Array:
     """The struct Problem of the source: 64-bit numbers and addresses."""
     (batch, queries, heads, width), (_, keys, groups, _) = q.shape, k.shape
@@ -39,7 +39,8 @@ def _problem(q: Tensor, k: Tensor, rows: Tensor | None, columns: Tensor | None, 
     return (ctypes.c_int64 * (len(head) + len(each)))(*head, *each)
 
 
-def _ids(segments: Tensor | None, batch: int) -> Tensor | None:
+def ids(segments: Tensor | None, batch: int) -> Tensor | None:
+    """Segments as the kernels read them: dense int32 [B, S]."""
     return None if segments is None else segments.expand(batch, -1).to(torch.int32).contiguous()
 
 
@@ -47,7 +48,8 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-@torch.library.custom_op("mmfunc::cpu_attention", mutates_args=(), device_types="cpu", tags=torch.Tag.flexible_layout)
+@torch.library.custom_op("mmfunc::cpu_attention", mutates_args=(), device_types="cpu",
+                         tags=[torch.Tag.flexible_layout])
 def attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, columns: Tensor | None, start: Tensor | None,
               causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """q [B, S, H, K], k and v [B, L, G, K], segments [B, S] and [B, L] -> [B, S, H, K], log-sum-exp [B, H, S].
@@ -55,20 +57,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, columns: Ten
     A row that sees nothing gives zeros.
     """
     q, k, v = map(_dense, (q, k, v))
-    rows, columns = _ids(rows, len(q)), _ids(columns, len(q))
+    rows, columns = ids(rows, len(q)), ids(columns, len(q))
     out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(len(q), q.shape[2], q.shape[1])
     _run("attention_forward", _problem(q, k, rows, columns, start, causal, lse, None, None, None, v, out), scale)
     return out, lse
 
 
 @torch.library.custom_op("mmfunc::cpu_attention_backward", mutates_args=(), device_types="cpu",
-                         tags=torch.Tag.flexible_layout)
+                         tags=[torch.Tag.flexible_layout])
 def attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: Tensor | None,
                        columns: Tensor | None, start: Tensor | None, causal: bool, scale: float
                        ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
     g, q, k, v, out, lse = *map(_dense, (g, q, k, v, out)), lse.contiguous()
-    rows, columns = _ids(rows, len(q)), _ids(columns, len(q))
+    rows, columns = ids(rows, len(q)), ids(columns, len(q))
     found = [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
     splits = min(ceil(k.shape[1] / BLOCK), ceil(ITEMS / (len(q) * k.shape[2])))
     sums = torch.empty(splits, *lse.shape[:2], ceil(q.shape[1] / SOME) * SOME, ceil(q.shape[3] / 16) * 16)
@@ -79,21 +81,10 @@ def attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     return tuple(found)
 
 
-# no gradient, and no wrapper of custom_op: it would cost more than the work
+# of few queries, as in decoding, for which keys and values are read once; csrc/torch_ops.cpp has it; no gradient
 _ops = torch.library.Library("mmfunc", "FRAGMENT")
 _ops.define("cpu_attention_few(Tensor q, Tensor k, Tensor v, Tensor? rows, Tensor? columns, Tensor? start, "
             "bool causal, float scale) -> Tensor", tags=torch.Tag.flexible_layout)
-
-
-@torch.library.impl(_ops, "cpu_attention_few", "CPU")
-def _few(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, columns: Tensor | None, start: Tensor | None,
-         causal: bool, scale: float) -> Tensor:
-    """The output of `attention` where queries are few, as in decoding: keys and values are read once."""
-    q, k, v = map(_dense, (q, k, v))
-    rows, columns = _ids(rows, len(q)), _ids(columns, len(q))
-    out = torch.empty(q.shape, dtype=q.dtype)
-    _run("attention_few", _problem(q, k, rows, columns, start, causal, None, None, None, None, v, out), scale)
-    return out
 
 
 @torch.library.register_fake("mmfunc::cpu_attention_few")

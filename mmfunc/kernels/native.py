@@ -1,4 +1,5 @@
-"""The C++ kernels for CPUs, csrc/cpu_*, compiled for this machine when the first of them is used."""
+"""The C++ kernels for CPUs, csrc/cpu_*, compiled for this machine when the first of them is used; and csrc/torch_ops,
+by which PyTorch calls those that take no longer than Python's way to them."""
 
 import ctypes
 import hashlib
@@ -14,7 +15,8 @@ import torch
 
 SOURCES = sorted((Path(__file__).parent / "csrc").glob("cpu_*"))
 MACROS = {"avx2": "__AVX2__", "avx512": "__AVX512VL__", "avx512_vnni": "__AVX512VNNI__", "amx_tile": "__AMX_TILE__"}
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
+OPERATIONS = Path(__file__).parent / "csrc" / "torch_ops.cpp"
+FLAGS = ("-std=c++17", "-fPIC", "-shared")
 
 
 def compiler() -> str | None:
@@ -49,20 +51,32 @@ def vectors() -> dict[str, bool]:
 
 
 def build(cxx: str, machine: str = "native", *without: str) -> Path:
-    """The kernels compiled for a machine (-march), without some of its instructions; kept under the hash of source,
-    flags, compiler and its machine."""
-    flags = (*FLAGS, f"-march={machine}", *(f"-mno-{w}" for w in without))
-    facts = [cxx.encode(), *map(str.encode, flags), defined(cxx, *flags)]
-    key = hashlib.sha256(b"\0".join([*facts, *(s.read_bytes() for s in SOURCES)]))
-    path = folder() / f"kernels-{key.hexdigest()[:24]}.so"
+    """The kernels compiled for a machine (-march), without some of its instructions."""
+    flags = *FLAGS, "-O3", "-fopenmp", f"-march={machine}", *(f"-mno-{w}" for w in without)
+    return _built(cxx, "kernels", SOURCES, *flags)
+
+
+def _built(cxx: str, name: str, sources: list[Path], *flags: str) -> Path:
+    """A library; kept under the hash of source, flags, compiler and its machine."""
+    facts = [cxx.encode(), *map(str.encode, flags), defined(cxx, *(f for f in flags if f[1] in "mO"))]
+    key = hashlib.sha256(b"\0".join([*facts, *(s.read_bytes() for s in sources)]))
+    path = folder() / f"{name}-{key.hexdigest()[:24]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as part:  # several processes may build at once
             made = Path(part) / path.name
-            sources = [str(s) for s in SOURCES if s.suffix == ".cpp"]
-            subprocess.run([cxx, *flags, *sources, "-o", str(made)], capture_output=True, check=True, text=True)
+            given = [str(s) for s in sources if s.suffix == ".cpp"]
+            subprocess.run([cxx, *given, *flags, "-o", str(made)], capture_output=True, check=True, text=True)
             made.replace(path)
     return path
+
+
+def register(cxx: str, kernels: ctypes.CDLL) -> None:
+    """Make the operations of torch_ops.cpp known to PyTorch, through its stable ABI; they call these kernels."""
+    at, version = Path(torch.__file__).parent, f"-DTORCH={torch.__version__}"
+    flags = *FLAGS, "-O2", version, "-isystem", f"{at}/include", f"-L{at}/lib", "-ltorch_cpu", f"-Wl,-rpath,{at}/lib"
+    library = ctypes.CDLL(str(_built(cxx, "operations", [OPERATIONS], *flags)))
+    library.use(kernels.matvec, kernels.matvec_int8, kernels.attention_few)
 
 
 @cache
@@ -73,7 +87,9 @@ def library() -> ctypes.CDLL | None:
     if cxx is not None:
         try:
             found = ctypes.CDLL(str(build(cxx)))
-            return found if found.attention_allowed() else ctypes.CDLL(str(build(cxx, "native", "amx-bf16")))
+            found = found if found.attention_allowed() else ctypes.CDLL(str(build(cxx, "native", "amx-bf16")))
+            register(cxx, found)
+            return found
         except (subprocess.CalledProcessError, OSError) as e:
             why = f"{e} {getattr(e, 'stderr', '')[-1000:]}"
     warnings.warn(f"attention and decoding on CPU run in PyTorch's operations, some times slower: {why}", stacklevel=2)

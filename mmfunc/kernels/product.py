@@ -4,7 +4,6 @@ PyTorch's product reads a bfloat16 weight at a third to a half of the bandwidth 
 with scales [N, G] in the dtype of x: a row is G groups of ceil(K / G) numbers, of which the last may have fewer.
 """
 
-from ctypes import c_int64
 from math import prod
 from operator import getitem
 
@@ -17,7 +16,7 @@ from mmfunc.kernels import native, wide
 
 FEW = 8  # rows, as in the source
 
-# no gradient, and no wrapper of custom_op: it would cost as much as a small product
+# csrc/torch_ops.cpp has them; no gradient
 _ops = torch.library.Library("mmfunc", "FRAGMENT")
 _ops.define("cpu_matvec(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _ops.define("cpu_matvecs(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]")
@@ -42,35 +41,6 @@ def dequantized(weight: Tensor, scale: Tensor) -> Tensor:
     k = weight.shape[-1]
     groups = scale[..., None].expand(*scale.shape, -(-k // scale.shape[-1]))
     return weight.to(scale.dtype) * groups.flatten(-2)[..., :k]
-
-
-def _run(name: str, x: Tensor, *numbers: int) -> None:
-    """A struct of the source: the number of rows, 64-bit numbers and addresses."""
-    given = x.numel() // x.shape[-1], *numbers
-    getattr(native.library(), name)((c_int64 * len(given))(*given))
-
-
-@torch.library.impl(_ops, "cpu_matvecs", "CPU")
-def _matvecs(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
-    """[..., K] -> [..., N] for each of the weights [N, K]."""
-    x, out = x.contiguous(), [x.new_empty((*x.shape[:-1], len(w))) for w in weights]
-    maps = [n for w, b, y in zip(weights, biases, out)
-            for n in (w.data_ptr(), 0 if b is None else b.data_ptr(), y.data_ptr(), len(w))]
-    _run("matvec", x, x.shape[-1], torch.get_num_threads(), len(weights), x.data_ptr(), *maps)
-    return out
-
-
-@torch.library.impl(_ops, "cpu_matvec", "CPU")
-def _matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _matvecs(x, [weight], [bias])[0]
-
-
-@torch.library.impl(_ops, "cpu_matvec_int8", "CPU")
-def _matvec_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    x, scale, y = x.contiguous(), scale.contiguous(), x.new_empty((*x.shape[:-1], len(weight)))
-    addresses = x.data_ptr(), 0 if bias is None else bias.data_ptr(), *(t.data_ptr() for t in (y, weight, scale))
-    _run("matvec_int8", x, *weight.shape, scale.shape[1], x.dtype == torch.float32, torch.get_num_threads(), *addresses)
-    return y
 
 
 @torch.library.register_fake("mmfunc::cpu_matvec")
