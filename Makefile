@@ -2,7 +2,8 @@
 # make drawings: the second and third of these alone.  make deep: tests that take minutes.  make test-mesh: every plan on
 # real ranks.  make test-ascend: every family lowered for Ascend NPUs by torchair and computed from its graph, and the
 # Ascend C kernels in the host emulator, every shape and seeded bug.
-# make bench: this machine's limits, ours and peers in turn (ARGS=--quick: in ten minutes).
+# make bench: this machine's limits, ours and peers in turn, also on a GPU if there is one (ARGS=--quick: in ten minutes,
+# on CPU alone).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -66,6 +66,33 @@ def attended(rows: list[dict[str, Any]]) -> str:
            f"full attention.\n\n{found}\n" if rows else ""
 
 
+def accelerated(found: dict[str, Any]) -> str:
+    """What gpu.py found, by workload."""
+    if not found:
+        return ""
+    rows = []
+    for name, w in found.items():
+        for side, r in [*w["sides"].items(), *([("mmfunc alone", w["alone"])] if "alone" in w else [])]:
+            rows.append([name, w["what"], f"{r['layers']} of {w['of']}", side, seconds(r), w["ratios"].get(side, ""),
+                         f"{r['tflop_per_s']:.0f}", f"{100 * r['mfu']:.1f} %" if "mfu" in r else "",
+                         f"{r['peak'] / 2**30:.1f}", f"{r['all_s']:.3g}" if "all_s" in r else ""])
+    head = ["", "what", "layers", "side", "seconds", "over ours", "TFLOP/s", "MFU", "peak GiB",
+            "all layers, s (extrapolated)"]
+    names = ", ".join(sorted({w["device"] for w in found.values()}))
+    unknown = "" if any("mfu" in r for w in found.values() for r in w["sides"].values()) else \
+        " The peak of this device is not known: no MFU."
+    return f"""## On a GPU
+
+{names}: bf16 training steps of blocks of full width, as many layers as fit for all sides, and for ours alone. Sides
+take turns as processes that hold the device one after the other; their float32 losses were equal to 1e-4 before.
+Ours recomputes what is no product (`remat="dots"`), keeps float32 moments and is deterministic; peers keep all
+activations and bfloat16 moments. MFU counts the FLOPs of the forward and backward pass, none twice, of pairs that see
+each other, against the dense bf16 peak of `mmfunc.machines`.{unknown}
+
+{table(head, rows)}
+"""
+
+
 def compared(works: dict[str, Any]) -> str:
     """The table of all sides."""
     head = ["", "what", "side", "seconds", "over ours", "compile, CPU s", "temporary MiB", "peak RSS GiB"]
@@ -118,7 +145,7 @@ W5 the figure is the share of the bandwidth of reading that was measured in turn
 A second process with a warm compile cache takes its first W1 step after {first["warm_first_s"]:.1f} s, of
 {first["warm_compile_cpu_s"]:.1f} CPU seconds more than a later one.
 
-{attended(said.get("attention", []))}{scaled(said)}"""
+{accelerated(said.get("gpu", {}))}{attended(said.get("attention", []))}{scaled(said)}"""
     (folder / "benchmarks.md").write_text(text)
 
 

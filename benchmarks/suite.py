@@ -5,6 +5,8 @@
     python benchmarks/suite.py --only W3 ranks               # parts of it, nothing written
     python benchmarks/suite.py --only W3 --update FILE.json  # and put in the place of what these results have of it
 
+On a machine with a GPU, but for --quick, also blocks of full width on it (gpu.py: G1, G2, G3).
+
 Each peer of a workload is a process of its own (workloads.py); they take turns. Equal losses (1e-4 relative, float32)
 come first. Writes results/<date>-<machine>.json, and from it docs/benchmarks.md with pictures.
 """
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gpu
 import machine
 import page
 import scaling
@@ -39,7 +42,7 @@ ROUNDED = {"int8": 0.1}  # how far the check of a side may be off; of all others
 @dataclass(frozen=True)
 class Args:
     quick: bool = False  # fewer runs, no cold compilation of W1; compared with the last results of such a machine
-    only: tuple[str, ...] = ()  # workloads and parts of scaling.py; nothing is written
+    only: tuple[str, ...] = ()  # workloads, also of gpu.py, and parts of scaling.py; nothing is written
     update: Path | None = None  # results in which to replace what was measured now
     runs: int = 0  # of each peer; 0: 3 when quick, else 7
 
@@ -94,17 +97,17 @@ def workload(name: str, runs: int, can: dict[str, float], cold: bool) -> dict[st
             again = Peer(name, "mmfunc", folder, f"{folder}/mmfunc")
             rows["mmfunc"] |= {f"warm_{k}": v for k, v in again.first.items()}
             again.process.kill()
-    ours, graph = rows["mmfunc"], rows["mmfunc"].get("graph")
+    ours, graphs = rows["mmfunc"], rows["mmfunc"].get("graphs")
     said = {"peers": rows, "ratios": {n: round(rows[n]["median_s"] / ours["median_s"], 3) for n in PEERS[name]}}
     said |= {"off": rounded} if (rounded := {n: round(found[n], 4) for n in names if n in ROUNDED}) else {}
     if "temporary" in ours:
         said["memory"] = round(ours["temporary"] / rows["eager"]["temporary"], 3)
         whole = [r["temporary"] + r["kept"] for r in (ours, rows["eager"])]
         said["memory_with_state"] = round(whole[0] / whole[1], 3)
-    if graph:
-        flops = graph["times"] * sum(graph[k] for k in ("gemm", "conv", "attention"))
+    if graphs:
+        flops = sum(g["times"] * g[k] for g in graphs for k in ("gemm", "conv", "attention"))
         said |= {"gflop": round(flops / 1e9, 1), "gflop_per_core_s": round(flops / ours["cpu_s"] / 1e9, 1),
-                 "fkr": round(machine.best_time(graph, can) / ours["median_s"], 3)}
+                 "fkr": round(sum(machine.best_time(g, can) for g in graphs) / ours["median_s"], 3)}
     elif name == "W5":
         can_read = statistics.median(reads)
         said |= {"read_gb_s": round(can_read / 1e9, 1),
@@ -127,12 +130,15 @@ def fallen(now: dict, before: dict) -> list[str]:
 def measured(a: Args, said: dict[str, Any]) -> list[str]:
     """Put what is asked for into the results; what failed."""
     start, failed = time.time(), []
-    for name in a.only or (*PEERS, *(() if a.quick else scaling.PARTS)):
+    for name in a.only or (*PEERS, *(() if a.quick else (*scaling.PARTS, *gpu.here()))):
         try:
             if name in PEERS:
                 cold = name == "W1" and not a.quick
                 found = workload(name, a.runs or (3 if a.quick else 7), said["limits"], cold)
                 said["workloads"][name] = found
+            elif name in gpu.SPECS:
+                found = gpu.workload(name)
+                said.setdefault("gpu", {})[name] = found
             else:
                 found = said[name] = scaling.PARTS[name](*([asked(said)] if name == "loader" else []))
         except RuntimeError as e:

@@ -39,6 +39,8 @@ class Work(NamedTuple):
     less: Callable[[], Any] | None = None  # what call does besides what is asked
     times: int = 1  # that the graph runs in a call
     renewed: int = 0  # bytes of its arguments that the graph renews: parameters that are trained, and moments
+    ahead: Callable[[], lower.Lowered] | None = None  # ours: the graph that runs once before lowered, in each call
+    device: str = "cpu"  # or cuda: a call is over when the device has done it
 
 
 def draw(*size: int, seed: int = 0) -> torch.Tensor:
@@ -57,29 +59,33 @@ def loaded(family: Any, c: Any, ref: torch.nn.Module) -> tree.Tree:
     return tree.unflatten(dict(found), family.params(c))
 
 
-def made(library: str, family: Any, c: Any) -> torch.nn.Module:
+def made(library: str, family: Any, c: Any, device: str = "cpu") -> torch.nn.Module:
     """A peer's model in float32."""
     said = family.hub(c)
     torch.manual_seed(0)
     if library == "diffusers":
         import diffusers
 
-        return getattr(diffusers, said["_class_name"])(**{k: v for k, v in said.items() if not k.startswith("_")})
+        config = {k: v for k, v in said.items() if not k.startswith("_")}
+        with torch.device(device):
+            return getattr(diffusers, said["_class_name"])(**config).to(device)  # tables made by numpy too
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = {k: v for k, v in said.items() if k not in ("model_type", "architectures")}
-    return getattr(transformers, said["architectures"][0])(CONFIG_MAPPING[said["model_type"]](**config))
+    with torch.device(device):
+        return getattr(transformers, said["architectures"][0])(CONFIG_MAPPING[said["model_type"]](**config)).to(device)
 
 
 # ---- training
 
 
-def trained(check: Any, loss: Callable, params: tree.Tree, frozen: tree.Tree, batch: dict, mode: str) -> Work:
+def trained(check: Any, loss: Callable, params: tree.Tree, frozen: tree.Tree, batch: dict, mode: str,
+            backend: str = "inductor") -> Work:
     """Our step as programs/train.py makes it with --remat dots, in the mode that is faster (FLUX: whole)."""
     tx = optim.chain(optim.adamw(), optim.decay(0.01, lambda n, t: True), optim.scale(1e-4))
     state = optim.init(tx, low(params), None if frozen is None else low(frozen))
-    step = jit.jit(partial(optim.step, loss, tx), mode, donate=True, remat="dots")
+    step = jit.jit(partial(optim.step, loss, tx), mode, backend, donate=True, remat="dots")
     return Work(check, lambda: step(state, batch)[1]["loss"].item(), lambda: step.lower(state, batch),
                 tree.nbytes(state), renewed=tree.nbytes([state["params"], state["opt"]]))
 
@@ -133,9 +139,21 @@ def flux_peer(ref: Any, x: torch.Tensor, b: dict) -> torch.Tensor:
     """diffusers' velocity of packed latents x."""
     side = int(x.shape[1] ** 0.5)
     at = torch.stack([torch.zeros(side, side), *torch.meshgrid(*[torch.arange(side)] * 2, indexing="ij")], -1).float()
-    words = torch.zeros(b["encoder_hidden_states"].shape[1], 3)
+    at, words = at.to(x.device), torch.zeros(b["encoder_hidden_states"].shape[1], 3, device=x.device)
     return ref(x, b["encoder_hidden_states"], b["pooled_projections"], b["t"].to(x.dtype), at.flatten(0, 1), words,
                b["guidance"].to(x.dtype), return_dict=False)[0]
+
+
+def wan_peer(ref: Any, x: torch.Tensor, b: dict) -> torch.Tensor:
+    """diffusers' velocity of latents x."""
+    return ref(x, 1000 * b["t"], b["encoder_hidden_states"], return_dict=False)[0]
+
+
+def error(run: Callable, layout: Callable, model: Any, b: dict) -> torch.Tensor:
+    """The squared error of a peer's velocity."""
+    t = b["t"].view(-1, *[1] * (b["latents"].ndim - 1))
+    x = ((1 - t) * b["latents"].float() + t * b["noise"].float()).to(b["latents"].dtype)
+    return (run(model, layout(x), b).float() - layout(b["noise"].float() - b["latents"].float())).square().mean()
 
 
 def velocity(peer: str, family: Any, c: Any, batch: dict, run: Callable, layout: Callable) -> Work:
@@ -147,24 +165,18 @@ def velocity(peer: str, family: Any, c: Any, batch: dict, run: Callable, layout:
             check = loss(p, batch)
         return trained(check, loss, p, None, half, "whole" if family is flux else "block")
 
-    def error(model: Any, b: dict) -> torch.Tensor:
-        t = b["t"].view(-1, *[1] * (b["latents"].ndim - 1))
-        x = ((1 - t) * b["latents"].float() + t * b["noise"].float()).to(b["latents"].dtype)
-        return (run(model, layout(x), b).float() - layout(b["noise"].float() - b["latents"].float())).square().mean()
-
     with torch.no_grad():
-        check = error(ref, batch)
+        check = error(run, layout, ref, batch)
     ref = ref.to(torch.bfloat16)
     model = torch.compile(ref, fullgraph=True) if peer == "compiled" else ref
-    return theirs(check, ref, lambda: error(model, half))
+    return theirs(check, ref, lambda: error(run, layout, model, half))
 
 
 def w2(peer: str) -> Work:
     """A training step of a Wan of 8 layers: 5 x 30 x 52 latents, 1,950 tokens."""
     batch = {"latents": draw(1, 16, 5, 30, 52), "noise": draw(1, 16, 5, 30, 52, seed=1), "t": torch.tensor([0.5]),
              "encoder_hidden_states": draw(1, 128, 512, seed=2)}
-    run = lambda ref, x, b: ref(x, 1000 * b["t"], b["encoder_hidden_states"], return_dict=False)[0]
-    return velocity(peer, wan, WAN, batch, run, lambda x: x)
+    return velocity(peer, wan, WAN, batch, wan_peer, lambda x: x)
 
 
 def w3(peer: str) -> Work:
@@ -260,8 +272,8 @@ def w7(peer: str) -> Work:
         p, ones = loaded(flux, FLUX, ref), torch.ones(1)
         check, p, cond = sampler(p, cond, "eager")[1](), low(p), low(cond)
         plan, run = sampler(p, cond, "inductor")
-        graph = lambda: plan.call.lower(p, noise, ones, cond | {"guidance": ones}, None, 1.0)
-        return Work(check, run, graph, tree.nbytes(p), times=steps)
+        part = lambda i: plan.call.parts(p, noise, ones, cond | {"guidance": ones}, None, 1.0)[i]
+        return Work(check, run, lambda: part(1), tree.nbytes(p), times=steps, ahead=lambda: part(0))
 
     def euler(step: Callable, x: torch.Tensor) -> torch.Tensor:
         for i in range(steps):
@@ -286,8 +298,21 @@ WORKS = {"W1": w1, "W2": w2, "W3": w3, "W4a": w4a, "W4b": w4b, "W5": w5, "W7": w
 # ---- the process
 
 
-def temporary(call: Callable) -> int:
+def settle(device: str) -> None:
+    """Wait until a device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def temporary(call: Callable, device: str = "cpu") -> int:
     """Most bytes that one call holds at once beside what was there before it, by the allocator's own record."""
+    if device == "cuda":
+        settle(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        settle(device)
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
         call()
     events = sorted((e.start_ns(), e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")
@@ -311,6 +336,7 @@ def seconds(work: Work) -> list[float]:
         if call:
             start = time.perf_counter(), spent()
             call()
+            settle(work.device)
             out = [t + sign * (now - was) for t, now, was in zip(out, (time.perf_counter(), spent()), start)]
     return [t / (work.times if work.less else 1) for t in out]
 
@@ -354,10 +380,10 @@ def serve(name: str, peer: str, folder: str) -> None:
         while sys.stdin.readline().strip():
             say(seconds=seconds(work))
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        more = {"times": work.times, "renewed": work.renewed}
-        graph = {"graph": kinds(work.lowered()) | more} if work.lowered else {}
+        found = [(work.ahead, 1, 0), (work.lowered, work.times, work.renewed)]
+        graphs = [kinds(of()) | {"times": n, "renewed": new} for of, n, new in found if of]
         held = {} if work.less or peer == "openvino" else {"temporary": temporary(work.call)}
-        say(kept=work.kept, peak_rss=rss, **graph, **held)
+        say(kept=work.kept, peak_rss=rss, **({"graphs": graphs} if graphs else {}), **held)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo
-from torch._dynamo import exc
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch
 
@@ -34,9 +33,9 @@ from mmfunc.signature import (
     described,
     difference,
     distinct,
+    explained,
     named,
     overwrite,
-    reason,
     same_shapes,
     signature,
 )
@@ -122,15 +121,8 @@ class Jitted:
             check_donated(args)
         start, was = time.perf_counter(), dict(counters["inductor"])
         entry = Compiled(leaves, self._build(args))
-        try:
+        with explained(_name(self.fn)):
             out = entry.call(signature(args)[1], args)
-        except (exc.Unsupported, exc.UncapturedHigherOrderOpError, exc.FailOnRecompileLimitHit) as e:
-            raise CompileError(f"{_name(self.fn)} cannot be compiled as one graph: {reason(e)}") from e
-        except exc.BackendCompilerFailed as e:
-            if not isinstance(e.inner_exception, ValueError):
-                raise
-            why = str(e.inner_exception).partition("\nTraceback")[0]  # torchair adds its own calls
-            raise CompileError(f"{_name(self.fn)} cannot run on this device: {why}") from e
         new = {k: v - was.get(k, 0) for k, v in counters["inductor"].items()}
         entry.cached = new.get("fxgraph_cache_hit", 0) > 0 == new.get("fxgraph_cache_miss", 0)
         entry.seconds = time.perf_counter() - start

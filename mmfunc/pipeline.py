@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmfunc import diffusion, jit, prompts, random, recipes, sampler, teacache, tree
+from mmfunc import diffusion, hoist, jit, prompts, random, recipes, sampler, teacache, tree
 from mmfunc.bundle import PARTS, Part, Pipeline, adapted, defaults, export, load, scratch
 from mmfunc.sampler import Table
 from mmfunc.tree import Tree
@@ -171,7 +171,7 @@ def keys_of(key: Tensor, n: int) -> Tensor:
 
 def shape(pipe: Pipeline, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
     """The latents' shape (C, (T,) Y, X) of so many pixels; a ValueError names the nearest that fit."""
-    c, vae = pipe.transformer.config, pipe.vae.config if pipe.vae else None
+    c, vae = pipe.transformer.config, pipe.vae and pipe.vae.config
     *time, rows, columns = recipes.of(pipe.kind).patch(c)
     factor, within = (vae.factor if vae else 1), getattr(vae, "frames", 1)
     units = factor * rows, factor * columns
@@ -199,7 +199,7 @@ class Plan:
     table: Table
     scale: float  # of classifier-free guidance; 1: none
     guidance: float | None  # where it is an input of the model
-    call: Callable | teacache.Parts  # (params, x, time, cond, uncond, scale) -> velocity
+    call: hoist.Partial | teacache.Parts  # (params, x, time, cond, uncond, scale) -> velocity
     reuse: float = 0.0  # threshold of teacache; 0: all is computed
 
 
@@ -210,7 +210,8 @@ def plan(pipe: Pipeline, size: Sequence[int], *, steps: int | None = None, guida
 
     guidance: classifier-free, or the model's input, then true_guidance is classifier-free. shift or mu: of the times,
     in place of the scheduler's. solver: another sampler of flows. strength: the share of steps when latents are given.
-    reuse: threshold of teacache.
+    reuse: threshold of teacache. Compiled without it, what depends on conditions only is computed once a sample() and
+    held for its steps (see hoist): text, image and pooled maps, Wan's keys and values of them; and rotary angles.
     """
     teacache.check(reuse)
     recipe, said, c = recipes.of(pipe.kind), defaults(pipe), pipe.transformer.config
@@ -225,10 +226,9 @@ def plan(pipe: Pipeline, size: Sequence[int], *, steps: int | None = None, guida
         return predict(x, time, cond) if uncond is None else sampler.guided(predict, x, time, cond, uncond, scale)
 
     wrap = (lambda fn: fn) if backend == "eager" else partial(jit.jit, backend=backend, buckets=8)
-    run = teacache.parts(call, wrap) if reuse else wrap(call)
-    if recipe.embedded:
-        return Plan(table, true_guidance, given if c.guidance else None, run, reuse)
-    return Plan(table, given, None, run, reuse)
+    run = teacache.parts(call, wrap) if reuse else hoist.partial_eval(call, (1, 2), backend, buckets=8)
+    scales = (true_guidance, given if c.guidance else None) if recipe.embedded else (given, None)
+    return Plan(table, *scales, run, reuse)
 
 
 def _table(pipe: Pipeline, steps: int, tokens: int, strength: float | None, shift: float | None, mu: float | None,
@@ -279,15 +279,16 @@ def sample(pipe: Pipeline, cond: Tree, uncond: Tree | None, noise: Tensor | Sequ
     if made.scale > 1 and uncond is None:
         raise ValueError(f"guidance {made.scale} needs the features of a negative prompt, such as texts(pipe, [''])")
     uncond = cond | uncond if made.scale > 1 else None
-    n, state = len(made.table), teacache.init()
+    n, state, kept = len(made.table), teacache.init(), None
 
     def predict(x: Tensor, time: Tensor) -> Tensor:
-        nonlocal state
+        nonlocal state, kept
         args, done = (part.params, x, time, cond, uncond, made.scale), state["computed"] + state["reused"] + 1
         if made.reuse:
             y, state = teacache.step(made.call, made.reuse, state, args, compute=done == n)
         else:
-            y, state = made.call(*args), state | {"computed": done}
+            kept = kept or made.call.known(*args)  # of this call's conditions, for all its steps
+            y, state = made.call.rest(kept, x, time), state | {"computed": done}
         if tell:
             tell(done, n)
         return y

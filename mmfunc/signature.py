@@ -1,9 +1,12 @@
 """What a compiled function depends on: its arguments' structure and, of each leaf, shape, dtype, device or value."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch._dynamo import exc
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from mmfunc import tree
 from mmfunc.tree import Tree
@@ -127,6 +130,22 @@ def distinct(tensors: list[Tensor]) -> list[Tensor]:
     """Inputs of a graph: no tensor twice (a graph would take it for granted in the next call), none requiring grad."""
     seen: set[int] = set()
     return [t.detach() if id(t) in seen or t.requires_grad else seen.add(id(t)) or t for t in tensors]
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Errors of the first call of a compiled function, or of its tracing, as CompileErrors that say why."""
+    try:
+        yield
+    except (exc.Unsupported, exc.UncapturedHigherOrderOpError, exc.FailOnRecompileLimitHit) as e:
+        raise CompileError(f"{name} cannot be compiled as one graph: {reason(e)}") from e
+    except exc.BackendCompilerFailed as e:
+        if not isinstance(e.inner_exception, ValueError):
+            raise
+        why = str(e.inner_exception).partition("\nTraceback")[0]  # torchair adds its own calls
+        raise CompileError(f"{name} cannot run on this device: {why}") from e
+    except DataDependentOutputException as e:
+        raise CompileError(f"{name} cannot be compiled as one graph: {e.func} asks for a value of a tensor") from e
 
 
 def reason(e: Exception) -> str:

@@ -14,7 +14,7 @@ FLOORS = [  # a file imports from its own floor or a lower one
     {"tree", "random", "media"},
     {"shard", "kernels", "keys"},
     {"nn"},
-    {"diffusion", "sampler", "schedulers", "solvers", "multistep", "text", "lora", "quant", "optim", "jit", "grad",
+    {"diffusion", "sampler", "schedulers", "solvers", "multistep", "text", "lora", "quant", "optim", "jit", "hoist", "grad",
      "signature", "teacache", "prefetch",
      "lower", "checkpoint", "hub", "data", "records", "metrics", "report", "score", "processor", "generate", "clips", "features", "online", "packs",
      "prompts", "gallery", "stages", "relay", "update", "machines", "parts", "picture", "plan", "search", "work",
