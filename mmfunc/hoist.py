@@ -12,10 +12,10 @@ In sampling that leaves what depends on the time: modulation, and FLUX's text fr
 """
 
 from collections.abc import Callable, Container
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -76,8 +76,7 @@ class Partial(jit.Jitted):
 
     def _parts(self, args: tuple) -> tuple[Lowered, Lowered, tuple[list[int], list[int]], set[int]]:
         """Both graphs, which of the tensors among args each reads, and which of these change."""
-        # operations as torch.compile would have them: some are written in another way op by op
-        with explained(jit._name(self.fn)), mock.patch.object(torch.compiler, "_is_compiling_flag", True):
+        with explained(jit._name(self.fn)), _compiling():
             low = self.lower(*args)
         low.graph.graph = fx_graph_cse(low.graph.graph)  # else a table of angles is kept for each of its readers
         FakeTensorProp(low.graph, low.inputs[0].fake_mode if low.inputs else None).propagate_dont_convert_inputs(
@@ -116,6 +115,16 @@ class Partial(jit.Jitted):
             return forward(*tensors)
 
         return self._torch(body, jit._name(self.fn), torch.compiler.skip_all_guards_unsafe)
+
+
+@contextmanager
+def _compiling():
+    """Operations are traced as torch.compile would have them: some are written in another way op by op."""
+    was, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = was
 
 
 def partial_eval(fn: Callable, changing: tuple[int, ...], backend: jit.Backend = "inductor", *, buckets: int = 1
