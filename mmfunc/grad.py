@@ -68,6 +68,7 @@ def value_and_grad(fn: Callable, has_aux: bool = False) -> Callable:
 _SDPA = [getattr(torch.ops.aten, n).default for n in (
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention") if hasattr(torch.ops.aten, n)]
+_SDPA += [torch.ops.higher_order.flex_attention]
 _SDPA += ["npu.npu_fusion_attention.default", "mmfunc.attention_forward.default"]  # by name: they may be absent
 _DOTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]  # bmm, the scores of attention, is none of them
 _OURS = [torch.ops.mmfunc.keep.default, torch.ops.mmfunc.cpu_attention.default]

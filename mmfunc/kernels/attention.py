@@ -2,8 +2,8 @@
 
 On CPU it is the kernel of `mmfunc.kernels.cpu`: PyTorch's fused one reaches 40 % of the GEMM peak in bf16 and does not
 skip what is masked. What that kernel does not take (a bias, float16, very few scores, no compiler) goes block by block
-over the queries, so that a block of scores stays in cache. On NPU it is torch_npu's fused operation, elsewhere
-PyTorch's scaled_dot_product_attention.
+over the queries, so that a block of scores stays in cache. On NPU it is torch_npu's fused operation, on CUDA what the
+table `CUDA` says of a kind of mask, elsewhere PyTorch's scaled_dot_product_attention.
 `reference` is the definition that all of them are tested against.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mmfunc.kernels import cpu, npu
+from mmfunc.kernels import cpu, flex, npu
 
 BLOCK = 128  # queries of a block: 128 x 4096 float32 scores are 2 MB
 WIDEST = 512  # of a head on NPU
@@ -80,6 +80,32 @@ def fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, sta
     return y.transpose(1, 2)
 
 
+# On CUDA, by kind of mask. The choice follows published figures and is not measured yet on a GPU: without a mask tensor
+# PyTorch's kernel is FlashAttention or cuDNN's; with one it is the memory-efficient kernel, which reads S * L of mask
+# and skips nothing. flex_attention skips, but would sum the gradient of a bias by atomics, in any order.
+# `python benchmarks/attention.py` on a machine with a GPU measures the candidates and says where the table is wrong.
+CUDA: dict[str, Callable] = {
+    "full": fused, "causal": fused, "segments": flex.attention, "cache": flex.attention, "bias": fused,
+}
+
+
+def kind(causal: bool, segments: Segments, start: Tensor | None, bias: Tensor | None) -> str:
+    """What mask that is, a key of `CUDA`: the first that holds of bias, cache (causal from a start), segments (causal
+    or not), causal, full."""
+    held = {"bias": bias is not None, "cache": causal and start is not None, "segments": segments is not None,
+            "causal": causal}
+    return next((name for name, holds in held.items() if holds), "full")
+
+
+def tabled(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, start: Tensor | None, scale: float,
+           bias: Tensor | None = None) -> Tensor:
+    """What `CUDA` says of this mask, or fused where flex_attention is not worth taking; shapes as in blocked."""
+    run = CUDA[kind(causal, segments, start, bias)]
+    if run is flex.attention and not flex.supports(q, k, v):
+        run = fused
+    return run(q, k, v, causal, segments, start, scale, bias)
+
+
 def ascend(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, start: Tensor | None, scale: float,
            bias: Tensor | None = None) -> Tensor:
     """torch_npu's fused operation, which takes this layout and fewer key heads as they are; shapes as in blocked."""
@@ -122,7 +148,9 @@ def keep(x: Tensor) -> Tensor:
 keep.register_fake(torch.empty_like)
 keep.register_autograd(lambda ctx, g: g)
 
-BACKENDS: dict[str, Callable] = {"cpu": blocked, "meta": blocked, "npu": ascend}  # by device type; fused elsewhere
+BACKENDS: dict[str, Callable] = {  # by device type; fused elsewhere
+    "cpu": blocked, "meta": blocked, "npu": ascend, "cuda": tabled,
+}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, segments: Segments = None,
