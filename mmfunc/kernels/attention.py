@@ -71,6 +71,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Segments, sta
         mask = visible(slice(0, q.shape[1]), k.shape[1], causal, segments, start, q.device)
         mask = None if mask is None else mask[:, 0]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if q.shape[1] != k.shape[1] and not (mask is bias is None):  # with a mask the kernels of CUDA take no shared heads
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     if mask is not None:  # a row that sees nothing would be NaN: let it see all
         mask = mask | ~mask.any(-1, keepdim=True)
     if bias is not None:
