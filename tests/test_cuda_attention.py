@@ -104,6 +104,22 @@ def test_flex_is_attention(name, size):
     assert all(torch.allclose(x, y, rtol=1e-5, atol=1e-5) for x, y in zip(found[1:], want[1:]))
 
 
+@pytest.mark.parametrize("order", [True, False])
+@pytest.mark.parametrize("causal, start", [(False, None), (True, None), (True, 200)])
+def test_blocks_that_are_skipped_hold_nothing(order, causal, start):
+    """And those taken whole hold no mask; in order they are just these, but for a block in which the row ends."""
+    rows, columns = (torch.randint(0, 5, (2, n)) * (torch.arange(n) >= 90) for n in (500, 640))
+    rows, columns = ((t.sort(-1).values if order else t) for t in (rows, columns))
+    start = None if start is None else torch.tensor(start)
+    some, full = flex.blocks(500, 640, causal, rows, columns, 0 if start is None else start, rows.device)
+    seen = attention.visible(slice(0, 500), 640, causal, (rows, columns), start, rows.device)[:, 0, 0]
+    seen = torch.nn.functional.pad(seen, (0, 0, 0, 12)).unflatten(1, (4, 128)).unflatten(3, (5, 128))
+    held, all_of = seen.any(4).any(2), seen.all(4).all(2)
+    assert (some | ~held).all() and torch.equal(full, all_of)
+    if order and not causal:
+        assert torch.equal(some, held)
+
+
 @pytest.mark.parametrize("name, kind, own", [
     ("full", "full", False), ("cross", "full", False), ("causal", "causal", False), ("sorted", "segments", True),
     ("unsorted, causal", "segments", True), ("pair", "segments", True), ("cache", "cache", True),
