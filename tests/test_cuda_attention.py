@@ -79,7 +79,7 @@ def masks(size):
         "unsorted, causal": (None, True, ids(size), None, None),
         "one row for all": (None, True, ids(size, batch=1), None, None),
         "pair": (more, False, pair, None, None),
-        "padding": (None, False, (torch.arange(size) < size // 2 + 1).long().expand(2, -1), None, None),
+        "padding": (None, False, (torch.arange(size) < size // 2 + 1).expand(2, -1), None, None),
         "all is padding": (None, False, torch.zeros(2, size, dtype=torch.long), None, None),
         "cache": (more, True, None, torch.tensor(20), None),
         "cache, pair": (more, True, pair, torch.tensor(30), None),

@@ -71,6 +71,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: Tensor | 
     graph, so that one graph serves all segments and starts. PyTorch refuses gradients on CPU.
     """
     rows, columns = segments if isinstance(segments, tuple) else (segments, segments)
+    rows, columns = (None if t is None else t.to(torch.int32) for t in (rows, columns))  # they may be bool
     first = 0 if start is None else start.to(q.device)
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
