@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,14 @@ def test_nothing_reads_pickles():
         text = f.read_text()
         assert not re.search(r"^\s*(import|from) pickle", text, re.M), f
         assert all("weights_only=True" in line for line in text.splitlines() if "torch.load(" in line), f
+
+
+def test_an_installed_package_has_its_sources():
+    """Each file that is no Python is among the package data."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    known = {f for p, patterns in data.items() for x in patterns for f in (ROOT / p.replace(".", "/")).glob(x)}
+    found = {f for f in (ROOT / "mmfunc").rglob("*.*") if f.suffix not in (".py", ".pyc")}
+    assert found and not found - known, sorted(found - known)
 
 
 def test_ruff():

@@ -175,5 +175,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, segments: S
             return torch.ops.mmfunc.cpu_attention_few(q, k, v, *both, start, causal, scale)
         return cpu.attention(q, k, v, *both, start, causal, scale)[0]
     y = BACKENDS.get(q.device.type, fused)(q, k, v, causal, segments, start, scale, bias)
-    own = q.device.type == "npu" and bias is None  # a remat policy knows torch_npu's operation itself
+    own = q.device.type in ("npu", "cuda") and bias is None  # a remat policy knows their operations itself
     return keep(y) if torch.is_grad_enabled() and y.requires_grad and not own else y
