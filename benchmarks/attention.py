@@ -9,15 +9,13 @@ mask lets through, and whether the fastest is the one of the table `CUDA`.
 """
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from workloads import row, turns
+from workloads import row, settle, turns
 
 from mmfunc import jit
 from mmfunc.kernels import attention, cpu, flex
@@ -85,23 +83,9 @@ def masks(case: tuple, device: str) -> dict:
 
 
 def timed(calls: dict[str, Callable], runs: int, device: str) -> dict[str, float]:
-    """Median seconds of each call, in turn, after a first one that does not count; a GPU's by its own clock."""
-    times = {name: [] for name in calls}
-    for i in range(runs + 1):
-        for name, call in calls.items():
-            if device == "cuda":
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                call()
-                end.record()
-                torch.cuda.synchronize()
-                found = start.elapsed_time(end) / 1e3
-            else:
-                start = time.perf_counter()
-                call()
-                found = time.perf_counter() - start
-            times[name] += [found] * (i > 0)
-    return {name: statistics.median(t) for name, t in times.items()}
+    """Median seconds of each call, in turn, until the device has done it."""
+    found = turns({n: lambda call=call: (call(), settle(device)) for n, call in calls.items()}, runs)
+    return {n: row(t)["median_s"] for n, t in found.items()}
 
 
 def compiled(fn: Callable, causal: bool, scale: float, back: bool, backend: str) -> Callable:

@@ -41,7 +41,6 @@ def products(part):
     return [n for n in lower.calls(part.graph) if re.match(r"aten[.](addmm|mm|bmm)", str(n.target))]
 
 
-
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", NAMES)
 def test_known_and_rest_are_the_whole(name, backend):

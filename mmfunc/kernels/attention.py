@@ -1,9 +1,9 @@
 """Softmax attention with masks as data: causal order, segments, and an offset into a cache.
 
 On CPU it is the kernel of `mmfunc.kernels.cpu`: PyTorch's fused one reaches 40 % of the GEMM peak in bf16 and does not
-skip what is masked. What that kernel does not take (a bias, float16, very few scores, no compiler) goes block by block
-over the queries, so that a block of scores stays in cache. On NPU it is torch_npu's fused operation, on CUDA what the
-table `CUDA` says of a kind of mask, elsewhere PyTorch's scaled_dot_product_attention.
+skip what is masked. What that kernel does not take (a bias, float16, gradients of very few scores, no compiler) goes
+block by block over the queries, so that a block of scores stays in cache. On NPU it is torch_npu's fused operation, on
+CUDA what the table `CUDA` says of a kind of mask, elsewhere PyTorch's scaled_dot_product_attention.
 `reference` is the definition that all of them are tested against.
 """
 

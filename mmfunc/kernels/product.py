@@ -66,11 +66,11 @@ def gather(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.ops.mmfunc.cpu_matvec.default):
         if all(n.op == "placeholder" for n in node.all_input_nodes if n is not node.args[0]):
             found.setdefault(node.args[0], []).append(node)
-    for x, nodes in found.items():
+    for nodes in found.values():
         if len(nodes) == 1:
             continue
         with graph.inserting_before(nodes[0]):
-            given = x, *([n.args[i] for n in nodes] for i in (1, 2))
+            given = nodes[0].args[0], *([n.args[i] for n in nodes] for i in (1, 2))  # these rows may be new by now
             together = graph.call_function(torch.ops.mmfunc.cpu_matvecs.default, given)
             parts = [graph.call_function(getitem, (together, i)) for i in range(len(nodes))]
         together.meta["val"] = [n.meta["val"] for n in nodes]
